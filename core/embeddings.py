@@ -1,0 +1,111 @@
+"""Item vectors, the adapters between items and the Llama, and text woven between the items.
+
+Legend: B batch, H history items, T sequence positions, K title tokens, N items (1 … N; 0 is padding), E item
+dimension, R rank, D the Llama's width.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import Array
+
+from core.llama import Init, Linear
+
+
+class ItemVectors(nnx.Module):
+    """One vector for each of the ids 0 … N; id 0 is padding and its vector is never read by a loss.
+
+    With `rank`, vectors are a low-rank product [N + 1, R] · [R, E] (the original system's form for large catalogues).
+    """
+
+    def __init__(self, num_items: int, dim: int, rank: int | None, key: Array, init: Init) -> None:
+        key_table, key_factor = jax.random.split(key)
+        if rank is None:
+            self.table_NE = nnx.Param(init.normal(key_table, (num_items + 1, dim)))
+            self.factor_RE = None
+        else:
+            # Unit-variance rows of the factor / √R keep the product's deviation at `init.std`.
+            self.table_NE = nnx.Param(init.normal(key_table, (num_items + 1, rank)))
+            factor_RE = jax.random.normal(key_factor, (rank, dim)) / rank**0.5
+            self.factor_RE = nnx.Param(factor_RE.astype(init.param_dtype))
+
+    def __call__(self, item_ids: Array) -> Array:
+        """Ids int [...] → vectors [..., E] in the parameters' dtype."""
+        rows = self.table_NE[...][item_ids]
+        return rows if self.factor_RE is None else rows @ self.factor_RE[...]
+
+    def table(self) -> Array:
+        """All vectors [N + 1, E]."""
+        return self.table_NE[...] if self.factor_RE is None else self.table_NE[...] @ self.factor_RE[...]
+
+
+class InputAdapter(nnx.Module):
+    """Item space to the Llama's: Linear, GELU, Linear (E → D → D)."""
+
+    def __init__(self, item_dim: int, hidden_size: int, key: Array, std: float | None, param_dtype: jnp.dtype) -> None:
+        key_up, key_out = jax.random.split(key)
+        self.up = Linear(key_up, (item_dim,), (hidden_size,), True, fan_in(item_dim, std, param_dtype))
+        self.out = Linear(key_out, (hidden_size,), (hidden_size,), True, fan_in(hidden_size, std, param_dtype))
+
+    def __call__(self, x: Array) -> Array:
+        return self.out(jax.nn.gelu(self.up(x)))
+
+
+def fan_in(inputs: int, std: float | None, param_dtype: jnp.dtype) -> Init:
+    """How an adapter starts: normal(0, std), by default 1/√inputs so that magnitudes pass through unchanged."""
+    return Init(inputs**-0.5 if std is None else std, param_dtype)
+
+
+class Woven(NamedTuple):
+    """A sequence of text tokens and items: at each position an item where `item_mask`, else a token.
+
+    input_ids, item_ids int32 [B, T]; item_mask bool [B, T]; lengths int32 [B]; right-padded with zeros.
+    """
+
+    input_ids: Array
+    item_ids: Array
+    item_mask: Array
+    lengths: Array
+
+
+def weave(item_ids_BH: Array, lengths_B: Array, titles_NK: Array, bos: int, seq_len: int) -> Woven:
+    """Puts each item's title *after* the item: BOS, item 1, its title, item 2, its title, …
+
+    Before the item, its title would give the label away. Where the sequence is longer than `seq_len`, whole oldest
+    items are dropped with their titles.
+
+    Args:
+        item_ids_BH: histories, right-padded, oldest first.
+        lengths_B: items a row.
+        titles_NK: token ids of each item's title, padded with −1 (row 0 all −1).
+        bos: the token at the start of every row.
+        seq_len: T, the positions of the result.
+    """
+    batch, items = item_ids_BH.shape
+    row_B1 = jnp.arange(batch)[:, None]
+    valid_BH = jnp.arange(items) < lengths_B[:, None]
+    titles_BHK = jnp.where(valid_BH[..., None], titles_NK[item_ids_BH], -1)
+    width_BH = jnp.where(valid_BH, 1 + (titles_BHK >= 0).sum(-1), 0)
+    ends_BH = jnp.cumsum(width_BH, axis=1)
+    starts_BH = ends_BH - width_BH
+    surplus_B1 = ends_BH[:, -1:] - (seq_len - 1)
+    fits_BH = valid_BH & (starts_BH >= surplus_B1)
+    # The first position after BOS belongs to the first item that fits; what does not fit is sent past the end.
+    first_B1 = jnp.min(jnp.where(fits_BH, starts_BH, ends_BH[:, -1:]), axis=1, keepdims=True)
+    place_BH = jnp.where(fits_BH, starts_BH - first_B1 + 1, seq_len)
+    blank_BT = jnp.zeros((batch, seq_len), jnp.int32)
+    woven_items_BT = blank_BT.at[row_B1, place_BH].set(item_ids_BH, mode="drop")
+    places_BHK = place_BH[..., None] + 1 + jnp.arange(titles_NK.shape[1])
+    places_BHK = jnp.where((titles_BHK >= 0) & fits_BH[..., None], places_BHK, seq_len)
+    tokens_BT = blank_BT.at[row_B1[..., None], places_BHK].set(titles_BHK, mode="drop").at[:, 0].set(bos)
+    lengths = 1 + jnp.sum(jnp.where(fits_BH, width_BH, 0), axis=1)
+    return Woven(tokens_BT, woven_items_BT, woven_items_BT > 0, lengths.astype(jnp.int32))
+
+
+def items_only(item_ids_BH: Array, lengths_B: Array) -> Woven:
+    """The sequence that is the history itself, one position an item."""
+    return Woven(jnp.zeros_like(item_ids_BH), item_ids_BH, item_ids_BH > 0, lengths_B)

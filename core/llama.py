@@ -1,0 +1,278 @@
+"""The Llama transformer (arXiv 2302.13971, 2307.09288, 2407.21783), top to bottom.
+
+Layers are stacked: every parameter of `Llama.layers` has a leading axis L, and one scan runs them. Right-padded input
+needs no mask (see `core.attention`).
+
+Legend: B batch, T positions, D hidden, N query heads, K key-value heads, H head dim, F MLP width, V vocabulary,
+L layers, S slots of the cache.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import Array
+
+from core.attention import cached_attention, causal_attention
+from core.config import LlamaConfig
+from core.rope import rotate, rotation
+
+# What the backward pass may keep of a layer's forward pass: nothing, the matrix products, or all.
+REMAT_POLICIES: dict[str, Callable[..., bool] | None] = {
+    "full": jax.checkpoint_policies.nothing_saveable,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "none": None,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Compute:
+    """How to compute, as opposed to what: nothing here changes a parameter or, but for rounding, a result."""
+
+    dtype: Any = jnp.float32
+    remat: str = "none"
+
+    def __post_init__(self) -> None:
+        if self.remat not in REMAT_POLICIES:
+            raise ValueError(f"remat policy {self.remat!r}: choose one of {', '.join(REMAT_POLICIES)}")
+
+
+class KVCache(NamedTuple):
+    """Keys and values of the positions seen so far.
+
+    Row b holds positions 0 … lengths_B[b] − 1; slots beyond are garbage that is never read. A row that is pushed past
+    S turns to NaN, for a compiled program cannot raise.
+    """
+
+    k_LBSKH: Array
+    v_LBSKH: Array
+    lengths_B: Array
+
+
+class Linear(nnx.Module):
+    """y = x W (+ b), contracting x's last axes with W's first; `shape` is in-axes then out-axes."""
+
+    def __init__(self, key: Array, inputs: tuple[int, ...], outputs: tuple[int, ...], bias: bool, init: Init) -> None:
+        self.contract = len(inputs)
+        self.weight = nnx.Param(init.normal(key, (*inputs, *outputs)))
+        self.bias = nnx.Param(jnp.zeros(outputs, init.param_dtype)) if bias else None
+
+    def __call__(self, x: Array) -> Array:
+        axes = tuple(range(-self.contract, 0)), tuple(range(self.contract))
+        y = jnp.tensordot(x, self.weight[...].astype(x.dtype), axes)
+        return y if self.bias is None else y + self.bias[...].astype(x.dtype)
+
+
+@dataclasses.dataclass(frozen=True)
+class Init:
+    """How parameters start: normal(0, std), biases zero, norms one."""
+
+    std: float = 0.02
+    param_dtype: Any = jnp.float32
+
+    def normal(self, key: Array, shape: tuple[int, ...]) -> Array:
+        return (self.std * jax.random.normal(key, shape)).astype(self.param_dtype)
+
+
+class RMSNorm(nnx.Module):
+    """x / √(mean x² + eps) · scale (arXiv 1910.07467); the mean in float32."""
+
+    def __init__(self, size: int, eps: float, init: Init) -> None:
+        self.eps = eps
+        self.scale = nnx.Param(jnp.ones((size,), init.param_dtype))
+
+    def __call__(self, x: Array) -> Array:
+        wide = x.astype(jnp.float32)
+        normed = wide * jax.lax.rsqrt(jnp.mean(wide**2, axis=-1, keepdims=True) + self.eps)
+        return normed.astype(x.dtype) * self.scale[...].astype(x.dtype)
+
+
+class Attention(nnx.Module):
+    """Grouped-query self-attention with rotary positions."""
+
+    def __init__(self, config: LlamaConfig, key: Array, init: Init) -> None:
+        d, n, k, h, bias = (
+            config.hidden_size, config.num_heads, config.num_kv_heads, config.head_dim, config.attention_bias,
+        )  # fmt: skip
+        key_q, key_k, key_v, key_o = jax.random.split(key, 4)
+        self.q = Linear(key_q, (d,), (n, h), bias, init)
+        self.k = Linear(key_k, (d,), (k, h), bias, init)
+        self.v = Linear(key_v, (d,), (k, h), bias, init)
+        self.o = Linear(key_o, (n, h), (d,), bias, init)
+
+    def __call__(self, x_BTD: Array, at: Positions, cache: tuple[Array, Array] | None) -> tuple[Array, Any]:
+        q_BTNH = rotate(self.q(x_BTD), at.cos, at.sin)
+        k_BTKH = rotate(self.k(x_BTD), at.cos, at.sin)
+        v_BTKH = self.v(x_BTD)
+        if cache is None:
+            return self.o(causal_attention(q_BTNH, k_BTKH, v_BTKH)), None
+        row_B1 = jnp.arange(x_BTD.shape[0])[:, None]
+        k_BSKH = cache[0].at[row_B1, at.index].set(k_BTKH.astype(cache[0].dtype), mode="drop")
+        v_BSKH = cache[1].at[row_B1, at.index].set(v_BTKH.astype(cache[1].dtype), mode="drop")
+        y_BTNH = cached_attention(q_BTNH, k_BSKH.astype(x_BTD.dtype), v_BSKH.astype(x_BTD.dtype), at.index)
+        return self.o(y_BTNH), (k_BSKH, v_BSKH)
+
+
+class MLP(nnx.Module):
+    """SwiGLU (arXiv 2002.05202): down(silu(gate x) · up x)."""
+
+    def __init__(self, config: LlamaConfig, key: Array, init: Init) -> None:
+        d, f = config.hidden_size, config.intermediate_size
+        key_gate, key_up, key_down = jax.random.split(key, 3)
+        self.gate = Linear(key_gate, (d,), (f,), config.mlp_bias, init)
+        self.up = Linear(key_up, (d,), (f,), config.mlp_bias, init)
+        self.down = Linear(key_down, (f,), (d,), config.mlp_bias, init)
+
+    def __call__(self, x_BTD: Array) -> Array:
+        return self.down(jax.nn.silu(self.gate(x_BTD)) * self.up(x_BTD))
+
+
+class Block(nnx.Module):
+    """One layer: x + attention(norm x), then x + mlp(norm x)."""
+
+    def __init__(self, config: LlamaConfig, key: Array, init: Init) -> None:
+        key_attention, key_mlp = jax.random.split(key)
+        self.attention_norm = RMSNorm(config.hidden_size, config.rms_norm_eps, init)
+        self.attention = Attention(config, key_attention, init)
+        self.mlp_norm = RMSNorm(config.hidden_size, config.rms_norm_eps, init)
+        self.mlp = MLP(config, key_mlp, init)
+
+    def __call__(self, x_BTD: Array, at: Positions, cache: Any, drop: Dropout) -> tuple[Array, Any]:
+        with jax.named_scope("attention"):
+            y_BTD, cache = self.attention(self.attention_norm(x_BTD), at, cache)
+            x_BTD = x_BTD + drop(y_BTD, 0)
+        with jax.named_scope("mlp"):
+            return x_BTD + drop(self.mlp(self.mlp_norm(x_BTD)), 1), cache
+
+
+class Llama(nnx.Module):
+    """Token ids, or embeddings, to hidden states or logits.
+
+    Args:
+        config: the shape.
+        key: for the random start; checkpoints overwrite it (`core.llama_loader`).
+        compute: the dtype and remat policy of the forward pass.
+        init: the standard deviation and dtype of the parameters.
+    """
+
+    def __init__(
+        self, config: LlamaConfig, key: Array, compute: Compute | None = None, init: Init | None = None
+    ) -> None:
+        self.config, self.compute, init = config, compute or Compute(), init or Init()
+        key_embed, key_layers, key_head = jax.random.split(key, 3)
+        self.embed_VD = nnx.Param(init.normal(key_embed, (config.vocab_size, config.hidden_size)))
+        self.layers = jax.vmap(lambda k: Block(config, k, init))(jax.random.split(key_layers, config.num_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, init)
+        head = None if config.tie_word_embeddings else init.normal(key_head, (config.vocab_size, config.hidden_size))
+        self.head_VD = None if head is None else nnx.Param(head)
+
+    def __call__(self, input_ids: Array) -> Array:
+        """Token ids int [B, T] → logits float32 [B, T, V]."""
+        return self.logits(self.hidden(self.embed(input_ids)))
+
+    def embed(self, input_ids: Array) -> Array:
+        """Token ids int [..., T] → embeddings [..., T, D] in the compute dtype."""
+        return self.embed_VD[...][input_ids].astype(self.compute.dtype)
+
+    def output_table(self) -> Array:
+        """The LM head's rows [V, D]: the embedding itself where the head is tied."""
+        return self.embed_VD[...] if self.head_VD is None else self.head_VD[...]
+
+    def logits(self, x_BTD: Array) -> Array:
+        """Hidden states after the final norm → logits float32 [B, T, V]."""
+        table_VD = self.output_table().astype(x_BTD.dtype)
+        return jnp.einsum("btd,vd->btv", x_BTD, table_VD, preferred_element_type=jnp.float32)
+
+    def hidden(self, x_BTD: Array, *, dropout: float = 0.0, key: Array | None = None) -> Array:
+        """Input embeddings [B, T, D], right-padded → hidden states after the final norm [B, T, D]; no LM head.
+
+        `dropout` (with its `key`) drops from each residual branch: for small models trained from scratch.
+        """
+        return self.norm(self._run(x_BTD, None, dropout, key)[0])
+
+    def layer_outputs(self, x_BTD: Array) -> Array:
+        """What `hidden` computes, layer by layer and before the final norm: [L, B, T, D]. For parity tests."""
+        return self._run(x_BTD, None, 0.0, None, keep_layers=True)[1]
+
+    def init_cache(self, batch_size: int, slots: int) -> KVCache:
+        """An empty cache for `slots` positions a row.
+
+        Raises:
+            ValueError: dynamic NTK beyond `max_position_embeddings`: its frequencies would change under cached keys.
+        """
+        config = self.config
+        dynamic = config.rope_scaling is not None and config.rope_scaling.kind == "dynamic"
+        if dynamic and slots > config.max_position_embeddings:
+            raise ValueError(
+                f"a cache of {slots} positions with rope_scaling 'dynamic' and max_position_embeddings "
+                f"{config.max_position_embeddings}: beyond it every cached key would need new frequencies; "
+                "use at most that many positions, or a full pass without a cache"
+            )
+        shape = (config.num_layers, batch_size, slots, config.num_kv_heads, config.head_dim)
+        empty = jnp.zeros(shape, self.compute.dtype)
+        return KVCache(empty, empty, jnp.zeros((batch_size,), jnp.int32))
+
+    def extend(self, x_BTD: Array, cache: KVCache, lengths_B: Array | None = None) -> tuple[Array, KVCache]:
+        """Continues each row of the cache by T positions, of which the first `lengths_B` (default all) are real.
+
+        Returns:
+            Hidden states after the final norm [B, T, D], and the longer cache.
+        """
+        x_BTD, layers = self._run(x_BTD, cache, 0.0, None)
+        steps_B = jnp.full(x_BTD.shape[:1], x_BTD.shape[1]) if lengths_B is None else lengths_B
+        grown_B = cache.lengths_B + steps_B.astype(jnp.int32)
+        overflow_B = grown_B > cache.k_LBSKH.shape[2]
+        x_BTD = jnp.where(overflow_B[:, None, None], jnp.nan, self.norm(x_BTD))
+        return x_BTD, KVCache(*layers, grown_B)
+
+    def _run(
+        self, x_BTD: Array, cache: KVCache | None, dropout: float, key: Array | None, keep_layers: bool = False
+    ) -> tuple[Array, Any]:
+        """Scans the layers; also returns each layer's cache, or its output where `keep_layers`."""
+        x_BTD = x_BTD.astype(self.compute.dtype)
+        at = Positions.of(self.config, x_BTD, cache)
+        keys_L = None if key is None or dropout == 0 else jax.random.split(key, self.config.num_layers)
+
+        def layer(x_BTD: Array, inputs: tuple[Block, Any, Array | None]) -> tuple[Array, Any]:
+            block, layer_cache, layer_key = inputs
+            x_BTD, layer_cache = block(x_BTD, at, layer_cache, Dropout(dropout, layer_key))
+            return x_BTD, x_BTD if keep_layers else layer_cache
+
+        policy = REMAT_POLICIES[self.compute.remat]
+        body = layer if policy is None else jax.checkpoint(layer, prevent_cse=False, policy=policy)
+        caches = None if cache is None else (cache.k_LBSKH, cache.v_LBSKH)
+        return jax.lax.scan(body, x_BTD, (self.layers, caches, keys_L))
+
+
+class Positions(NamedTuple):
+    """Where the positions of a pass stand: their index [B or 1, T], and the rotation that follows from it."""
+
+    index: Array
+    cos: Array
+    sin: Array
+
+    @staticmethod
+    def of(config: LlamaConfig, x_BTD: Array, cache: KVCache | None) -> Positions:
+        index = jnp.arange(x_BTD.shape[1])[None]
+        length = x_BTD.shape[1]
+        if cache is not None:
+            index, length = cache.lengths_B[:, None] + index, cache.k_LBSKH.shape[2]
+        return Positions(index, *rotation(config, index, length))
+
+
+class Dropout(NamedTuple):
+    """Zeroes each value with probability `rate` and scales the rest by 1 / (1 − rate); no key, no dropout."""
+
+    rate: float
+    key: Array | None
+
+    def __call__(self, x: Array, site: int) -> Array:
+        if self.key is None or self.rate == 0:
+            return x
+        keep = jax.random.bernoulli(jax.random.fold_in(self.key, site), 1 - self.rate, x.shape)
+        return jnp.where(keep, x / (1 - self.rate), 0).astype(x.dtype)

@@ -1,0 +1,236 @@
+"""Hugging Face weights → a Llama on the device, one tensor at a time.
+
+What a checkpoint lacks, or has too much of, is said in one error before anything big is allocated. The stacked
+parameters are then allocated once and each tensor is written into its row, in place: beside what is kept, one tensor
+lives on the host and one on the device.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import Array
+
+from core.config import LLAMA_SIZES, LlamaConfig
+from core.functional import FunctionalModel
+from core.hf_names import EMBEDDING, HEAD, IGNORED, STACK, Layout, Place, places
+from core.llama import Compute, Init, Llama
+from core.weight_files import (
+    DTYPES,
+    CheckpointError,
+    Header,
+    WeightFile,
+    WeightsNotFound,
+    find_weight_files,
+    open_weight_file,
+)
+
+_ACCESS = (
+    "set HF_TOKEN to the token of an account that has accepted the licence at {page}, or give a folder by --weights"
+)
+
+
+class CheckpointMismatch(CheckpointError):
+    """A checkpoint whose tensors are not those of its config, or not finite numbers."""
+
+
+class LlamaLoader:
+    """Where a Llama's weights are: published under a size of `core.config.LLAMA_SIZES`, or in a local folder.
+
+    Args:
+        model_size: such as "1b"; its weights come from the Hugging Face hub or its cache. The token is read from
+            HF_TOKEN or the cache, never given here.
+        path: a folder with `config.json` and weights; exclusive with `model_size`.
+        revision: branch, tag or commit on the hub; with `model_size` only.
+
+    Raises:
+        ValueError: both or neither of size and path, an unknown size, a revision of a path.
+        WeightsNotFound: the size has no published weights ("tiny").
+    """
+
+    def __init__(
+        self, model_size: str | None = None, *, path: str | Path | None = None, revision: str | None = None
+    ) -> None:
+        if (model_size is None) == (path is None):
+            raise ValueError(f"LlamaLoader takes model_size or path, one of them: got {model_size!r} and {path!r}")
+        if revision is not None and path is not None:
+            raise ValueError(f"revision {revision!r} is of the hub; the folder {path} has none")
+        if model_size is not None and model_size not in LLAMA_SIZES:
+            raise ValueError(f"Llama size {model_size!r}: choose one of {', '.join(LLAMA_SIZES)}")
+        if model_size is not None and LLAMA_SIZES[model_size].hf_id is None:
+            raise WeightsNotFound(
+                f"Llama size {model_size!r} has no published weights: it starts at random (see random_model)"
+            )
+        self.model_size, self.path, self.revision = model_size, path, revision
+
+    def load_model(
+        self, *, param_dtype: Any = None, dtype: Any = jnp.float32, remat: str = "none"
+    ) -> tuple[FunctionalModel, nnx.State, LlamaConfig]:
+        """Loads the weights onto the default device.
+
+        Args:
+            param_dtype: of the parameters; None: as the files have it (the widest, where they differ).
+            dtype: of the computation.
+            remat: a name of `core.llama.REMAT_POLICIES`.
+
+        Returns:
+            The model (`.apply(params, input_ids=[B, T])` → logits [B, T, V]), its parameters, its config.
+
+        Raises:
+            WeightsNotFound: nothing there, or no access to it.
+            ConfigError: a `config.json` of something else than a Llama that we can run.
+            CheckpointMismatch: missing, extra, misshapen, doubled or ill-typed tensors, all in one message; then NaN or
+                infinite values; then a head that differs from the embedding to which the config ties it.
+            CheckpointCorrupt: a damaged file.
+            CheckpointError: `.bin` weights without torch.
+        """
+        folder = self._folder()
+        config = LlamaConfig.from_hf(folder)
+        files = find_weight_files(folder)
+        headers = _checked_headers(folder, files, config)
+        if param_dtype is None:
+            stored = {DTYPES[header.dtype] for header in headers.values()}
+            param_dtype = functools.reduce(jnp.promote_types, stored)
+        model, abstract = abstract_model(config, Compute(dtype, remat), Init(param_dtype=param_dtype))
+        return model, _fill(folder, files, config, abstract), config
+
+    def _folder(self) -> Path:
+        """The folder of the weights, downloaded if need be."""
+        if self.path is not None:
+            if not Path(self.path).is_dir():
+                page = "https://huggingface.co/<the model's id>"
+                raise WeightsNotFound(
+                    f"{self.path}: no such folder of weights. Correct --weights; or name a size instead and "
+                    + _ACCESS.format(page=page)
+                )
+            return Path(self.path)
+        assert self.model_size is not None
+        repo = LLAMA_SIZES[self.model_size].hf_id
+        assert repo is not None
+        try:
+            return _download(repo, self.revision)
+        except Exception as error:  # the hub's client raises those of its HTTP library too, which differs by version
+            reason = str(error).strip().split("\n")[0]
+            raise WeightsNotFound(
+                f"Llama size {self.model_size!r}: {repo} cannot be had ({type(error).__name__}: {reason}). Please "
+                + _ACCESS.format(page=f"https://huggingface.co/{repo}")
+            ) from error
+
+
+def _download(repo: str, revision: str | None) -> Path:
+    """The snapshot of a repository, from the cache where it is complete; `.bin` files only where no others exist."""
+    from huggingface_hub import snapshot_download
+
+    def get(*patterns: str) -> Path:
+        # Sub-folders hold the same weights in other formats.
+        return Path(snapshot_download(repo, revision=revision, allow_patterns=list(patterns), ignore_patterns=["*/*"]))
+
+    folder = get("*.safetensors", "*.json", "tokenizer.model")
+    return folder if any(folder.glob("*.safetensors")) else get("pytorch_model*.bin", "*.json", "tokenizer.model")
+
+
+def abstract_model(config: LlamaConfig, compute: Compute, init: Init) -> tuple[FunctionalModel, nnx.State]:
+    """The model, and its parameters as shapes and dtypes without memory."""
+    graphdef, state = nnx.split(nnx.eval_shape(lambda: Llama(config, jax.random.key(0), compute, init)))
+    return FunctionalModel(graphdef), state
+
+
+def random_model(
+    config: LlamaConfig, key: Array, *, compute: Compute | None = None, init: Init | None = None
+) -> tuple[FunctionalModel, nnx.State]:
+    """A Llama that starts at random: the model and its parameters."""
+    compute, init = compute or Compute(), init or Init()
+    model, _ = abstract_model(config, compute, init)
+    return model, jax.jit(lambda key: nnx.split(Llama(config, key, compute, init))[1])(key)
+
+
+def _checked_headers(folder: Path, files: list[Path], config: LlamaConfig) -> dict[str, Header]:
+    """The headers of all tensors that the model needs, after every disagreement with the config is ruled out."""
+    wanted, found, problems = places(config), {}, []
+    counts: Counter[str] = Counter()
+    for file in files:
+        headers = open_weight_file(file).headers
+        counts.update(headers.keys())
+        found.update(headers)
+    allowed = {**wanted, **_tied_head(config)}
+    for name in sorted(wanted.keys() - found.keys()):
+        problems.append(f"missing: {name} {list(wanted[name].layout.hf_shape)}")
+    for name in sorted(found):
+        shape, dtype = found[name]
+        if name not in allowed:
+            if not IGNORED.fullmatch(name):
+                problems.append(f"extra: {name} {list(shape)}")
+        elif shape != allowed[name].layout.hf_shape:
+            problems.append(f"misshapen: {name} is {list(shape)}, expected {list(allowed[name].layout.hf_shape)}")
+        elif dtype not in DTYPES:
+            problems.append(f"dtype: {name} is {dtype}, expected one of {', '.join(DTYPES)}")
+        if counts[name] > 1:
+            problems.append(f"doubled: {name} is in {counts[name]} files")
+    if problems:
+        raise CheckpointMismatch(
+            f"{folder}: {len(problems)} tensors are not those of its config.json:\n  " + "\n  ".join(problems)
+        )
+    return {name: found[name] for name in wanted}
+
+
+def _tied_head(config: LlamaConfig) -> Mapping[str, Place]:
+    """A tied checkpoint may hold the head all the same; it must then equal the embedding."""
+    return {HEAD: places(config)[EMBEDDING]} if config.tie_word_embeddings else {}
+
+
+def _fill(folder: Path, files: list[Path], config: LlamaConfig, abstract: nnx.State) -> nnx.State:
+    """Reads every tensor into the parameters that `abstract` describes."""
+    wanted, tied = places(config), _tied_head(config)
+    variables = dict(nnx.to_flat_state(abstract))
+    # Stacks are there from the start; other parameters are one tensor each and come as they are read.
+    arrays = {path: jnp.zeros(leaf.shape, leaf.dtype) for path, leaf in variables.items() if path[0] == STACK}
+    broken: list[str] = []
+    heads: list[WeightFile] = []
+    for path in files:
+        file = open_weight_file(path)
+        for name in file.headers:
+            if name in tied:
+                heads.append(file)
+            if name not in wanted:
+                continue
+            place = wanted[name]
+            tensor = jax.device_put(file.read(name), may_alias=True)  # never written to afterwards
+            if place.layer is None:
+                arrays[place.path], finite = _convert(tensor, place.layout, variables[place.path].dtype)
+            else:
+                arrays[place.path], finite = _write(arrays[place.path], tensor, place.layer, place.layout)
+            # Fetching the flag waits for the write: tensors must not queue up in memory.
+            if not bool(finite):
+                broken.append(f"{name} in {path.name}")
+    if broken:
+        dtype = arrays[wanted[EMBEDDING].path].dtype
+        raise CheckpointMismatch(f"{folder}: NaN or infinite as {dtype}: {', '.join(broken)}")
+    for file in heads:
+        embedding, layout = arrays[tied[HEAD].path], tied[HEAD].layout
+        if not bool((_convert(file.read(HEAD), layout, embedding.dtype)[0] == embedding).all()):
+            raise CheckpointMismatch(
+                f"{file.path}: {HEAD} differs from {EMBEDDING}, but config.json says tie_word_embeddings true; "
+                "set it to false if the head was trained apart"
+            )
+    return nnx.from_flat_state([(path, leaf.replace(arrays[path])) for path, leaf in variables.items()])
+
+
+@functools.partial(jax.jit, static_argnames=("layout", "dtype"))
+def _convert(tensor: Array, layout: Layout, dtype: Any) -> tuple[Array, Array]:
+    """A tensor of Hugging Face's as we hold it, and whether it is finite there."""
+    ours = layout.to_ours(tensor).astype(dtype)
+    return ours, jnp.isfinite(ours).all()
+
+
+@functools.partial(jax.jit, static_argnames="layout", donate_argnums=0)
+def _write(stack: Array, tensor: Array, layer: int, layout: Layout) -> tuple[Array, Array]:
+    """Puts a tensor of Hugging Face's into its layer's row, in place; also, is it finite there?"""
+    ours, finite = _convert(tensor, layout, stack.dtype)
+    return jax.lax.dynamic_update_index_in_dim(stack, ours, layer, 0), finite

@@ -1,0 +1,14 @@
+"""Recommenders with a Llama inside: data, training, evaluation and recommendation."""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+def __getattr__(name: str) -> Any:
+    # Lazily: `efficientids --help` should not wait for jax.
+    if name == "load_run":
+        from efficientids.loading import load_run
+
+        return load_run
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,46 @@
+"""`python -m efficientids COMMAND …`: prepare, train, evaluate, recommend."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Callable, Sequence
+
+from efficientids.errors import UserError
+
+# Command → (module, what it does). A module is imported only when its command is asked for.
+COMMANDS = {
+    "prepare": ("efficientids.data.cli", "interaction logs → a data set folder"),
+    "train": ("efficientids.train", "the same as train_llama.py"),
+    "evaluate": ("efficientids.evaluation.cli", "a run's ranking metrics on validation or test"),
+    "recommend": ("efficientids.serving.cli", "top-k items for users, as a Parquet file"),
+}
+
+
+def run(command: Callable[[Sequence[str]], int], arguments: Sequence[str]) -> int:
+    """Runs a command; what a person can mend is said in one line on stderr, with exit code 2."""
+    try:
+        return command(arguments)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+
+
+def main() -> int:
+    """The console script `efficientids`."""
+    name, *arguments = sys.argv[1:] or ["--help"]
+    if name in ("-h", "--help"):
+        print("usage: efficientids COMMAND [--help] …\n")
+        print("\n".join(f"  {command:<10} {what}" for command, (_, what) in COMMANDS.items()))
+        return 0
+    if name not in COMMANDS:
+        print(f"error: unknown command {name!r}; one of {', '.join(COMMANDS)}", file=sys.stderr)
+        return 2
+    return run(importlib.import_module(COMMANDS[name][0]).main, arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

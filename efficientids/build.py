@@ -1,0 +1,193 @@
+"""From a configuration and a data set to a recommender and its model at the start."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from core import clustering
+from core.clustering import Clusters
+from core.config import LlamaConfig
+from core.llama import Compute, Init
+from core.llama_loader import LlamaLoader
+from core.models.efficientids import EfficientIDSConfig
+from efficientids.config import TrainConfig
+from efficientids.data.batches import steps_per_epoch, training_batches
+from efficientids.data.cooccurrence import cooccurrence_vectors
+from efficientids.data.dataset import Dataset
+from efficientids.data.titles import title_table
+from efficientids.errors import UserError
+from efficientids.recommenders.base import Batch, OptimizerConfig, in_llama
+from efficientids.recommenders.efficientids import EfficientIDS, EfficientIDSSpec, Training
+from efficientids.resolve import starts_at_random
+
+
+def compute(precision: str, remat: str = "none") -> Compute:
+    """How the Llama computes under `--precision` (resolved) and `--gradient_checkpointing`."""
+    return Compute(jnp.bfloat16 if precision == "bfloat16" else jnp.float32, remat)
+
+
+def llama_param_dtype(config: TrainConfig) -> Any:
+    """Trained parameters are float32 masters; a frozen Llama is kept in the precision it computes in."""
+    return compute(config.precision).dtype if config.freeze_llama else jnp.float32
+
+
+def recommender(config: TrainConfig, llama: LlamaConfig, dataset: Dataset) -> EfficientIDS:
+    """The system that a resolved configuration describes, ready to train on `dataset`."""
+    titles, bos = None, 0
+    if config.item_text == "title":
+        assert config.tokenizer is not None
+        texts = dataset.items["title"].to_list()
+        titles, bos = title_table(texts, config.tokenizer, config.title_tokens, llama.vocab_size)
+    clusters = None if config.head == "full" else _clusters(config, dataset)
+    shape = (0, 0) if clusters is None else clusters.members_CM.shape
+    return EfficientIDS(
+        spec(config, llama, dataset.catalogue_size, shape, bos),
+        compute=compute(config.precision, config.gradient_checkpointing),
+        init=Init(param_dtype=llama_param_dtype(config)),
+        clusters=clusters,
+        titles=titles,
+        training=_training(config, dataset),
+    )
+
+
+def spec(
+    config: TrainConfig, llama: LlamaConfig, num_items: int, cluster_shape: tuple[int, int], bos: int = 0
+) -> EfficientIDSSpec:
+    """The shapes of a resolved configuration; `cluster_shape` is (clusters, members of the largest), (0, 0) for none."""
+    assert config.item_dim is not None and config.max_seq_len is not None and config.dropout is not None
+    return EfficientIDSSpec(
+        model=EfficientIDSConfig(
+            llama=llama,
+            num_items=num_items,
+            item_dim=config.item_dim,
+            item_rank=config.item_rank,
+            head="full" if config.head == "full" else "two_level",
+            output_tying=config.output_tying,
+            init_std=config.init_std,
+            dropout=config.dropout,
+        ),
+        seq_len=config.seq_len,
+        max_seq_len=config.max_seq_len,
+        num_clusters=cluster_shape[0],
+        cluster_slots=cluster_shape[1],
+        title_tokens=config.title_tokens if config.item_text == "title" else 0,
+        bos=bos,
+        text_loss_weight=config.text_loss_weight,
+    )
+
+
+def start(system: EfficientIDS, config: TrainConfig) -> nnx.Module:
+    """The model before its first step: at random, or with the pretrained Llama in its place."""
+    key = jax.random.key(config.seed)
+    if starts_at_random(config):
+        return jax.jit(system.init)(key)
+    _, llama_params, _ = loader(config).load_model(param_dtype=llama_param_dtype(config))
+    return with_llama(system, key, llama_params)
+
+
+def loader(config: TrainConfig) -> LlamaLoader:
+    """Where the pretrained Llama comes from: --weights, or the published weights of --llama_size."""
+    return LlamaLoader(path=config.weights) if config.weights else LlamaLoader(model_size=config.llama_size)
+
+
+def with_llama(system: EfficientIDS, key: jax.Array, llama_params: nnx.State) -> nnx.Module:
+    """A model at its random start whose Llama has the given parameters; the Llama is never in memory twice."""
+    graphdef, _ = nnx.split(nnx.eval_shape(system.init, key))
+    # Only what is not the Llama leaves this program, so XLA never makes a random Llama.
+    own = jax.jit(lambda k: nnx.state(system.init(k), nnx.Not(in_llama)))(key)
+    return nnx.merge(graphdef, own, nnx.State({"llama": llama_params}))
+
+
+def training(config: TrainConfig, steps_per_epoch: float, batches: Callable[[int, int], Iterator[Batch]]) -> Training:
+    """How a resolved configuration trains; `batches` as in `Phase`."""
+    assert config.num_steps is not None and config.batch_size is not None
+    assert config.learning_rate is not None and config.warmup_steps is not None
+    return Training(
+        num_steps=config.num_steps,
+        steps_per_epoch=steps_per_epoch,
+        batch_rows=config.batch_size * config.gradient_accumulation,
+        optimizer=OptimizerConfig(config.learning_rate, config.warmup_steps, config.weight_decay),
+        freeze_llama=config.freeze_llama,
+        batches=batches,
+    )
+
+
+def _training(config: TrainConfig, dataset: Dataset) -> Training:
+    assert config.batch_size is not None and config.max_seq_len is not None
+    rows, max_items = config.batch_size * config.gradient_accumulation, config.max_seq_len
+
+    def batches(seed: int, start_step: int) -> Iterator[Batch]:
+        return training_batches(dataset, batch_size=rows, max_items=max_items, seed=seed, start_step=start_step)
+
+    return training(config, steps_per_epoch(dataset, rows), batches)
+
+
+def _clusters(config: TrainConfig, dataset: Dataset) -> Clusters:
+    size = dataset.catalogue_size
+    if config.clustering is not None:
+        try:
+            given = clustering.load_clustering(config.clustering, size)
+            return clustering.from_assignment(given, int(given.max()) + 1)
+        except (ValueError, OSError) as error:
+            raise UserError(f"--clustering {config.clustering}: {error}") from error
+    count = config.num_clusters
+    assert count is not None
+    if count > size:
+        raise UserError(f"--num_clusters {count}: the catalogue has {size} items; give at most that many")
+    items, offsets = training_histories(dataset)
+    vectors = cooccurrence_vectors(items, offsets, size, dim=min(64, size - 1), window=5, seed=config.seed)
+    assignment = clustering.kmeans(vectors, count, jax.random.key(config.seed), balanced=True)
+    return clustering.from_assignment(np.asarray(assignment), count)
+
+
+def training_histories(dataset: Dataset) -> tuple[np.ndarray, np.ndarray]:
+    """All users' training items, flat, and where each user's begin: nothing held out is among them."""
+    lengths = dataset.split_lengths("train")
+    kept = np.arange(len(dataset.item_ids)) - np.repeat(dataset.offsets[:-1], dataset.lengths)
+    items = dataset.item_ids[kept < np.repeat(lengths, dataset.lengths)]
+    return items, np.concatenate([[0], np.cumsum(lengths)])
+
+
+def describe(system: EfficientIDS, config: TrainConfig, dataset: Dataset, weights: dict[str, str] | None) -> dict:
+    """What `model.json` says: enough to rebuild the model and to find its data set and its weight file.
+
+    Args:
+        weights: path and sha256 of the frozen Llama's weight file; None where checkpoints hold every parameter.
+    """
+    return {
+        "recommender": config.recommender,
+        "spec": system.spec.to_json(),
+        "precision": config.precision,
+        "dataset": {
+            "path": str(Path(dataset.path).resolve()),
+            "fingerprint": dataset.fingerprint,
+            "items_sha256": dataset.manifest["files"]["items.parquet"]["sha256"],
+        },
+        "frozen_weights": weights,
+    }
+
+
+def abstract(spec: EfficientIDSSpec, precision: str, param_dtype: Any) -> tuple[EfficientIDS, nnx.GraphDef, nnx.State]:
+    """The recommender of a run, its graph definition, and its state as shapes and dtypes."""
+    system = EfficientIDS(spec, compute=compute(precision), init=Init(param_dtype=param_dtype))
+    return system, *nnx.split(nnx.eval_shape(system.init, jax.random.key(0)))
+
+
+def differing_fields(one: Any, other: Any, prefix: str = "") -> list[str]:
+    """`name: a ≠ b` for each field in which two dataclasses differ."""
+    lines: list[str] = []
+    for field in dataclasses.fields(one):
+        a, b = getattr(one, field.name), getattr(other, field.name)
+        if dataclasses.is_dataclass(a) and dataclasses.is_dataclass(b):
+            lines += differing_fields(a, b, f"{prefix}{field.name}.")
+        elif a != b:
+            lines.append(f"{prefix}{field.name}: {a} ≠ {b}")
+    return lines

@@ -1,0 +1,152 @@
+"""Checkpoints of a run, with Orbax: R/checkpoints/STEP holds `params`, `optimizer` and `info`.
+
+A checkpoint holds every buffer and every parameter, except frozen ones that came from a weight file: those are
+referenced by path and checksum in the run's `model.json`.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+from flax import nnx
+from orbax.checkpoint import checkpoint_managers as policies
+
+from efficientids.errors import UserError
+
+# The validation metric that decides which checkpoint is best.
+BEST_METRIC = "ndcg@10"
+
+
+def _validation(metrics: dict[str, Any] | None) -> float:
+    return float((metrics or {}).get(BEST_METRIC, float("-inf")))
+
+
+def _manager(folder: Path, read_only: bool) -> ocp.CheckpointManager:
+    # `max_to_keep=3` with `best_fn` would keep the three best and delete the latest: hence the policies.
+    keep = policies.AnyPreservationPolicy(
+        [
+            policies.LatestN(3),
+            policies.BestN(get_metric_fn=_validation, n=1, keep_checkpoints_without_metrics=False),
+        ]
+    )
+    options = ocp.CheckpointManagerOptions(
+        best_fn=_validation, preservation_policy=keep, read_only=read_only, create=not read_only
+    )
+    handlers = {
+        "params": ocp.StandardCheckpointHandler(),
+        "optimizer": ocp.PyTreeCheckpointHandler(),
+        "info": ocp.JsonCheckpointHandler(),
+    }
+    # Orbax narrates every save at INFO, and warns that a read-only manager is read-only.
+    logging.getLogger("absl").setLevel(logging.ERROR if read_only else logging.WARNING)
+    return ocp.CheckpointManager(folder.resolve(), options=options, item_handlers=handlers)
+
+
+class Writer:
+    """Saves checkpoints of one run; `close` waits until the last is on disk."""
+
+    def __init__(self, folder: Path) -> None:
+        self._manager = _manager(folder, read_only=False)
+
+    def save(self, step: int, params: nnx.State, optimizer: Any, metrics: dict[str, float], info: dict) -> None:
+        """Copies the arrays to the host and writes in the background.
+
+        Args:
+            step: optimiser steps done; names the checkpoint's folder.
+            params: every variable to save (see the module's text).
+            optimizer: the optimiser states of the current phase.
+            metrics: validation metrics as fractions; `ndcg@10` decides which checkpoint is best.
+            info: small JSON facts: phase, step in the phase.
+        """
+        args = ocp.args.Composite(
+            params=ocp.args.StandardSave(nnx.to_pure_dict(params)),
+            optimizer=ocp.args.PyTreeSave(optimizer),
+            info=ocp.args.JsonSave(info),
+        )
+        if not self._manager.save(step, args=args, metrics=metrics):
+            raise RuntimeError(f"Orbax did not save step {step}: is there a checkpoint of this step already?")
+
+    def close(self) -> None:
+        """Waits for the write under way and raises its error, if it had one."""
+        try:
+            self._manager.wait_until_finished()
+            self._manager.check_for_errors()
+        finally:
+            self._manager.close()
+
+
+@contextmanager
+def writer(folder: Path) -> Iterator[Writer]:
+    """A `Writer` that is closed on every way out: a process that ends without it loses its last checkpoint."""
+    opened = Writer(folder)
+    try:
+        yield opened
+    finally:
+        opened.close()
+
+
+def steps(folder: Path) -> tuple[list[int], int | None]:
+    """The steps that have a checkpoint in `folder`, ascending, and the one with the best validation metric."""
+    if not folder.is_dir():
+        return [], None
+    manager = _manager(folder, read_only=True)
+    try:
+        return sorted(manager.all_steps()), manager.best_step()
+    finally:
+        manager.close()
+
+
+def restore(folder: Path, step: int, target: nnx.State) -> nnx.State:
+    """Reads the parameters and buffers of `step`.
+
+    Args:
+        folder: R/checkpoints.
+        step: which.
+        target: abstract state (`jax.ShapeDtypeStruct` leaves) of what was saved.
+
+    Raises:
+        UserError: the checkpoint is of another model: the first differing names and shapes are listed.
+    """
+    manager = _manager(folder, read_only=True)
+    try:
+        args = ocp.args.Composite(params=ocp.args.StandardRestore(nnx.to_pure_dict(target)))
+        _check_same_model(folder / str(step), manager, step, target)
+        saved = manager.restore(step, args=args)["params"]
+    finally:
+        manager.close()
+    nnx.replace_by_pure_dict(target, saved)
+    return target
+
+
+def _check_same_model(where: Path, manager: ocp.CheckpointManager, step: int, target: nnx.State) -> None:
+    metadata = manager.item_metadata(step)["params"]
+    tree = getattr(metadata, "tree", metadata)
+    found = {_name(path): tuple(leaf.shape) for path, leaf in _leaves(tree)}
+    wanted = {_name(path): tuple(leaf.shape) for path, leaf in _leaves(nnx.to_pure_dict(target))}
+    lines = [f"  {name}: missing in the checkpoint" for name in wanted if name not in found]
+    lines += [f"  {name}: not in this model" for name in found if name not in wanted]
+    lines += [
+        f"  {name}: {found[name]} in the checkpoint, {shape} in this model"
+        for name, shape in wanted.items()
+        if name in found and found[name] != shape
+    ]
+    if lines:
+        more = f"\n  … and {len(lines) - 8} more" if len(lines) > 8 else ""
+        raise UserError(
+            f"{where} is a checkpoint of another model:\n" + "\n".join(lines[:8]) + more +
+            "\nUse the flags (and the data set) of the run that wrote it, or another checkpoint."
+        )  # fmt: skip
+
+
+def _leaves(tree: Any) -> list[tuple[Any, Any]]:
+    return jax.tree_util.tree_flatten_with_path(tree, is_leaf=lambda leaf: hasattr(leaf, "shape"))[0]
+
+
+def _name(path: Any) -> str:
+    return ".".join(str(getattr(key, "key", getattr(key, "name", key))) for key in path)

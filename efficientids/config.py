@@ -1,0 +1,225 @@
+"""The configuration of a training run: flags, a YAML file that sets what flags set, and their defaults.
+
+Flags win over the file, the file over defaults. `None` means "chosen from the rest"; what was chosen stands in the
+run's config.yaml.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import difflib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import tyro
+import yaml
+
+from efficientids.errors import UserError
+
+LlamaSizeName = Literal["tiny", "1b", "3b", "7b", "8b", "8b-3.1", "13b", "tinyllama-1.1b"]
+
+
+@dataclasses.dataclass(frozen=True)
+class RunOptions:
+    """What to train, on what, and where the result goes."""
+
+    recommender: Literal["efficientids"] = "efficientids"
+    """The system to train."""
+    data_dir: Path | None = None
+    """A data set folder (see `python -m efficientids prepare`). Default: a generated catalogue of invented films."""
+    checkpoint_dir: Path | None = None
+    """The run folder R: configuration, metrics, checkpoints. Must not hold a run yet. Default: runs/RECOMMENDER-TIME."""
+    load_checkpoint: str | None = None
+    """R, R/STEP or R/checkpoints/STEP of an earlier run: start from its parameters (fresh optimiser, step 0)."""
+    estimate_memory_only: bool = False
+    """Print exact bytes of parameters, gradients and optimiser state, then stop."""
+    json: bool = False
+    """With --estimate_memory_only: print JSON."""
+    seed: int = 0
+    """Of the random start, the data order and dropout."""
+    log_every: int = 50
+    """Steps a printed line."""
+    eval_every: int | None = None
+    """Steps between validations, each followed by a checkpoint. Default: once an epoch, at least every 1,000 steps."""
+    patience: int = 0
+    """Stop after this many validations without a better NDCG@10; 0: never."""
+
+
+@dataclasses.dataclass(frozen=True)
+class LlamaOptions:
+    """The Llama inside."""
+
+    llama_size: LlamaSizeName = "tiny"
+    """tiny starts at random; every other size needs weights (HF_TOKEN or --weights) or --random_weights."""
+    weights: Path | None = None
+    """A local folder with config.json and safetensors or .bin weights; its config.json decides the size."""
+    random_weights: bool = False
+    """Start a published size at random instead of downloading its weights."""
+    freeze_llama: bool = False
+    """Train item vectors, adapters and heads only."""
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Of the computation, and of a frozen Llama's parameters; trained ones are float32. auto: bfloat16 on a GPU."""
+    gradient_checkpointing: Literal["auto", "none", "dots", "full"] = "auto"
+    """What the backward pass recomputes. auto: full from a width of 1,024 on, none below."""
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainingOptions:
+    """How long, how fast, how much at a time."""
+
+    num_steps: int | None = None
+    """Optimiser steps. Exclusive with --epochs."""
+    epochs: float | None = None
+    """Passes over the users. Default: 20, with no --num_steps."""
+    batch_size: int | None = None
+    """Users in flight at a time, on all devices together. Default: 64 for tiny, else 8."""
+    batch_size_per_device: int | None = None
+    """The same, counted on one device. Exclusive with --batch_size."""
+    gradient_accumulation: int = 1
+    """Batches an optimiser step."""
+    learning_rate: float | None = None
+    """Peak learning rate. Default: 1e-3 for a random Llama, 5e-4 for a frozen one, 5e-5 for fine-tuning."""
+    warmup_steps: int | None = None
+    """Default: 100 frozen, 500 trainable; at most a tenth of the steps."""
+    weight_decay: float = 0.01
+    """Decoupled; never on norms and biases."""
+    grad_clip: float = 1.0
+    """Largest global gradient norm; 0 clips nothing."""
+    dropout: float | None = None
+    """On item inputs and residual branches. Default: 0.2 for a random tiny Llama, else 0."""
+    seq_len: int = 64
+    """Positions of the Llama's input: items, and text between them."""
+    max_seq_len: int | None = None
+    """The newest items of a history to look at. Default: what fits in --seq_len."""
+    init_std: float | None = None
+    """Deviation of item vectors and adapters at the start. Default: 0.02 for vectors, 1/√fan-in for adapters."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ItemOptions:
+    """EfficientIDS: item vectors and the softmax over them."""
+
+    head: Literal["auto", "full", "two_level"] = "auto"
+    """One softmax over all items, or clusters first. auto: full below 100,000 items."""
+    num_clusters: int | None = None
+    """Of the two-level head. Default: ⌈√N⌉, balanced k-means on co-occurrence vectors of the training histories."""
+    clustering: Path | None = None
+    """A file of given clusters (.npy or .json), one cluster id an item."""
+    item_dim: int | None = None
+    """Size of an item vector. Default: 384, or the Llama's width where that is smaller."""
+    item_rank: int | None = None
+    """Rank of the item table; default: full."""
+    output_tying: Literal["adapter", "shared_mlp"] = "adapter"
+    """adapter: hidden states come down to item vectors; shared_mlp: item vectors go up through the input adapter."""
+    item_text: Literal["none", "title"] = "none"
+    """Put each item's title behind it in the sequence."""
+    title_tokens: int = 16
+    """Tokens of a title to keep."""
+    tokenizer: Path | None = None
+    """tokenizer.json for titles. Default: the one beside the weights."""
+    text_loss_weight: float = 0.0
+    """Weight of a title token's loss against an item's; 0: items only."""
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig(ItemOptions, TrainingOptions, LlamaOptions, RunOptions):
+    """Trains a recommender with a Llama inside. Without a flag: a tiny Llama on a generated catalogue of films."""
+
+
+def parse(arguments: Sequence[str], prog: str = "train_llama.py") -> TrainConfig:
+    """Flags (with `--config FILE` among them) → configuration; prints help or a usage error and exits as flags do.
+
+    Raises:
+        UserError: the file is missing or has unknown keys or ill-typed values; flags that exclude each other.
+    """
+    pre = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    pre.add_argument("--config", type=Path)
+    known, rest = pre.parse_known_args(arguments)
+    from_file = [] if known.config is None else _file_arguments(known.config)
+    # Flags come after the file's, and of two values for one option the last wins.
+    config = tyro.cli(
+        TrainConfig,
+        args=[*from_file, *rest],
+        prog=prog,
+        description=f"{TrainConfig.__doc__}\n\n--config FILE: a YAML file of these flags; flags win.",
+        use_underscores=True,
+    )
+    check(config)
+    return config
+
+
+def check(config: TrainConfig) -> None:
+    """Refuses combinations that contradict each other and values out of range."""
+    exclusive = [("num_steps", "epochs"), ("batch_size", "batch_size_per_device"), ("clustering", "num_clusters")]
+    for one, other in exclusive:
+        if getattr(config, one) is not None and getattr(config, other) is not None:
+            raise UserError(f"--{one} and --{other} exclude each other; give one")
+    positive = (
+        "num_steps", "epochs", "batch_size", "batch_size_per_device", "gradient_accumulation", "learning_rate",
+        "log_every", "eval_every", "max_seq_len", "init_std", "num_clusters", "item_dim", "item_rank", "title_tokens",
+    )  # fmt: skip
+    for name in positive:
+        value = getattr(config, name)
+        if value is not None and not value > 0:
+            raise UserError(f"--{name} {value}: must be above 0")
+    for name in ("warmup_steps", "weight_decay", "grad_clip", "patience", "text_loss_weight", "seed"):
+        value = getattr(config, name)
+        if value is not None and not value >= 0:
+            raise UserError(f"--{name} {value}: must not be negative")
+    if config.seq_len < 2:
+        raise UserError(f"--seq_len {config.seq_len}: at least 2, one position to read and one to predict")
+    if config.dropout is not None and not 0 <= config.dropout < 1:
+        raise UserError(f"--dropout {config.dropout}: must be in [0, 1)")
+    if config.random_weights and config.weights is not None:
+        raise UserError("--random_weights and --weights exclude each other; give one")
+    if config.head == "full" and (config.clustering is not None or config.num_clusters is not None):
+        raise UserError(
+            "--head full has no clusters; leave --clustering and --num_clusters out, or use --head two_level"
+        )
+    if config.item_text == "none" and (config.text_loss_weight or config.tokenizer is not None):
+        raise UserError("--text_loss_weight and --tokenizer need --item_text title")
+    if config.json and not config.estimate_memory_only:
+        raise UserError("--json goes with --estimate_memory_only; a run's metrics stand in its metrics.jsonl")
+
+
+def to_mapping(config: TrainConfig) -> dict[str, Any]:
+    """The configuration as plain values by flag name: what config.yaml holds and `--config` reads."""
+    return {name: str(v) if isinstance(v, Path) else v for name, v in dataclasses.asdict(config).items()}
+
+
+def from_mapping(values: dict[str, Any], source: Path) -> TrainConfig:
+    """The inverse of `to_mapping`; `source` names the file in errors."""
+    return parse(_mapping_arguments(values, source))
+
+
+def _file_arguments(path: Path) -> list[str]:
+    try:
+        values = yaml.safe_load(path.read_text())
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UserError(f"--config {path} cannot be read: {error}") from error
+    if not isinstance(values, dict):
+        raise UserError(f"--config {path}: expected `flag: value` lines, found {type(values).__name__}")
+    return _mapping_arguments(values, path)
+
+
+def _mapping_arguments(values: dict[str, Any], source: Path) -> list[str]:
+    fields = {field.name: field for field in dataclasses.fields(TrainConfig)}
+    arguments: list[str] = []
+    for name, value in values.items():
+        if name not in fields:
+            near = difflib.get_close_matches(str(name), fields, n=1)
+            hint = f"; did you mean {near[0]}?" if near else f"; known keys: {', '.join(fields)}"
+            raise UserError(f"{source}: unknown key {name!r}{hint}")
+        default = fields[name].default
+        if isinstance(default, bool):
+            if not isinstance(value, bool):
+                raise UserError(f"{source}: {name}: expected true or false, found {value!r}")
+            arguments.append(f"--{name}" if value else f"--no_{name}")
+        elif isinstance(value, (dict, list)):
+            raise UserError(f"{source}: {name}: expected one value, found {json.dumps(value, default=str)}")
+        else:
+            arguments += [f"--{name}", str(value)]
+    return arguments

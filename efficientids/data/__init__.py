@@ -1,0 +1,1 @@
+"""Interaction logs → a prepared data set on disk → batches. Knows nothing of models."""

@@ -1,0 +1,123 @@
+"""Writes a data set folder in one piece: either the whole new folder is there, or nothing has changed."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+
+from efficientids.data import layout
+from efficientids.data.dataset import Dataset
+from efficientids.errors import UserError
+
+Extra = Mapping[str, Mapping[str, np.ndarray]]
+
+
+def check_destination(path: Path, overwrite: bool) -> None:
+    """Raises UserError unless a data set may be written to `path`.
+
+    A folder that does not exist or is empty will do. A data set is replaced only when `overwrite` is set, and only when
+    the folder holds nothing beside it; any other folder or file is refused.
+    """
+    if not path.exists():
+        return
+    if not path.is_dir():
+        raise UserError(f"{path}: a file is in the way of the data set folder; give another --output")
+    held = {entry.name for entry in path.iterdir()}
+    if not held:
+        return
+    try:
+        manifest = json.loads((path / layout.MANIFEST).read_bytes())
+        ours = manifest["format"] == layout.FORMAT
+        known = {layout.MANIFEST, *manifest["files"]}
+    except (OSError, ValueError, KeyError, TypeError):
+        ours, known = False, set()
+    if not ours:
+        raise UserError(f"{path}: not empty and not a prepared data set; give another --output")
+    if not overwrite:
+        raise UserError(f"{path}: holds a data set already; give --overwrite to replace it, or another --output")
+    foreign = sorted(held - known)
+    if foreign:
+        raise UserError(
+            f"{path}: holds {foreign[0]}, which is no part of the data set; move it away before --overwrite"
+        )
+
+
+def write_dataset(
+    path: str | Path, contents: layout.Contents, *, extra: Extra | None = None, overwrite: bool = False
+) -> Dataset:
+    """Writes `contents` as the data set folder `path` and opens it.
+
+    `extra` gives further files: name ending in .npz → arrays. The folder is made beside `path` and renamed into place;
+    with `overwrite` the data set that was there is removed once the new one is whole. Raises UserError when the
+    destination may not be written (`check_destination`) or the contents break a rule of `layout`.
+    """
+    path = Path(path).resolve()
+    check_destination(path, overwrite)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    new = Path(tempfile.mkdtemp(prefix=f".{path.name}.new-", dir=path.parent))
+    try:
+        new.chmod(0o755)  # mkdtemp makes it private to the user; a data set is an ordinary folder
+        _fill(new, contents, extra or {})
+        Dataset.open(new)  # every rule of the format, checked on what was really written
+        _swap(new, path)
+    finally:
+        shutil.rmtree(new, ignore_errors=True)
+    return Dataset.open(path)
+
+
+def _fill(folder: Path, contents: layout.Contents, extra: Extra) -> None:
+    arrays = {
+        layout.ITEM_IDS: contents.item_ids,
+        layout.TIMESTAMPS: contents.timestamps,
+        layout.OFFSETS: contents.offsets,
+    }
+    num_items = layout.check_arrays(folder, arrays, len(contents.items))
+    for name, array in arrays.items():
+        np.save(folder / name, array, allow_pickle=False)
+    contents.items.write_parquet(folder / layout.ITEMS)
+    contents.users.write_parquet(folder / layout.USERS)
+    for name, members in extra.items():
+        np.savez(folder / name, allow_pickle=False, **members)
+    lengths = np.diff(contents.offsets)
+    manifest = {
+        "format": layout.FORMAT,
+        "format_version": layout.FORMAT_VERSION,
+        "name": contents.name,
+        "source": contents.source,
+        "num_users": len(lengths),
+        "num_items": num_items,
+        "catalogue_size": len(contents.items),
+        "num_interactions": len(contents.item_ids),
+        "train_only_users": int((lengths < layout.MIN_HELD_OUT).sum()),
+        "order": dict(contents.order),
+        "filters": dict(contents.filters),
+        "id_dtype": str(layout.DTYPES[layout.ITEM_IDS]),
+        "files": {
+            name: {"bytes": (folder / name).stat().st_size, "sha256": layout.sha256_of(folder / name)}
+            for name in (*layout.REQUIRED_FILES, *extra)
+        },
+    }
+    (folder / layout.MANIFEST).write_text(json.dumps(manifest, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _swap(new: Path, path: Path) -> None:
+    """Puts `new` at `path`. What was there moves aside first and comes back should the second rename fail."""
+    if not path.exists():
+        os.rename(new, path)
+        return
+    old = Path(tempfile.mkdtemp(prefix=f".{path.name}.old-", dir=path.parent)) / path.name
+    os.rename(path, old)
+    try:
+        os.rename(new, path)
+    except BaseException:
+        os.rename(old, path)
+        raise
+    finally:
+        if path.exists():
+            shutil.rmtree(old.parent, ignore_errors=True)

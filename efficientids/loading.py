@@ -1,0 +1,129 @@
+"""From a run folder back to a model."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import jax
+from flax import nnx
+
+from core.functional import FunctionalModel
+from core.llama_loader import LlamaLoader
+from core.weight_files import weights_checksum
+from efficientids import build, checkpoints
+from efficientids.config import TrainConfig, from_mapping
+from efficientids.data.dataset import Dataset
+from efficientids.errors import UserError
+from efficientids.recommenders.base import in_llama
+from efficientids.recommenders.efficientids import EfficientIDS, EfficientIDSSpec
+from efficientids.runs import RunFolder, locate
+
+
+@dataclasses.dataclass(frozen=True)
+class LoadedRun:
+    """A trained model with what it needs to recommend."""
+
+    run: RunFolder
+    step: int
+    config: TrainConfig
+    system: EfficientIDS
+    graphdef: nnx.GraphDef
+    params: nnx.State
+    description: dict[str, Any]
+
+    @property
+    def model(self) -> nnx.Module:
+        return nnx.merge(self.graphdef, self.params)
+
+    def dataset(self) -> Dataset:
+        """The data set that the run trained on.
+
+        Raises:
+            UserError: it has moved, or its items are no longer those of the run.
+        """
+        recorded = self.description["dataset"]
+        dataset = Dataset.open(recorded["path"])
+        check_same_items(self, dataset)
+        return dataset
+
+
+def load_run(path: str | Path, step: int | None = None) -> tuple[FunctionalModel, nnx.State, TrainConfig]:
+    """A trained model for inference.
+
+    Args:
+        path: the run folder R, R/STEP or R/checkpoints/STEP.
+        step: which checkpoint; None: the one the path names, else the best by validation NDCG@10.
+
+    Returns:
+        (model, complete parameters, configuration): `model.apply(params, input_ids=…, item_ids=…, item_mask=…)`.
+
+    Raises:
+        UserError: no run, no such step, a damaged description, or frozen weights that are gone or changed.
+    """
+    loaded = open_run(path, step)
+    return FunctionalModel(loaded.graphdef), loaded.params, loaded.config
+
+
+def open_run(path: str | Path, step: int | None = None, llama_dtype: Any = None) -> LoadedRun:
+    """As `load_run`, with the recommender. `llama_dtype`: of the Llama's parameters, default as the run computed."""
+    run, named = locate(str(path))
+    step = run.choose_step(named if step is None else step)
+    config = from_mapping(run.read_config(), run.path / "config.yaml")
+    described = run.read_model()
+    try:
+        spec = EfficientIDSSpec.from_json(described["spec"])
+        frozen, precision = described["frozen_weights"], described["precision"]
+    except (KeyError, TypeError) as error:
+        raise UserError(f"{run.path / 'model.json'}: damaged, or written by another version ({error!r})") from error
+    dtype = llama_dtype or build.llama_param_dtype(config)
+    system, graphdef, state = build.abstract(spec, precision, dtype)
+    if frozen is None:
+        params = checkpoints.restore(run.checkpoints, step, state)
+    else:
+        own = nnx.filter_state(state, nnx.Not(in_llama))
+        params = nnx.merge_state(checkpoints.restore(run.checkpoints, step, own), _frozen(frozen, dtype))
+    return LoadedRun(run, step, config, system, graphdef, params, described)
+
+
+def _frozen(recorded: dict[str, str], dtype: Any) -> nnx.State:
+    """The frozen Llama's parameters from its weight file, whose checksum must be the recorded one."""
+    path = Path(recorded["path"])
+    if not path.is_dir():
+        raise UserError(f"the run's frozen Llama came from {path}, which is gone; put its weight files back there")
+    if weights_checksum(path) != recorded["sha256"]:
+        raise UserError(f"the weight files in {path} changed since the run was trained; put the original ones back")
+    _, params, _ = LlamaLoader(path=path).load_model(param_dtype=dtype)
+    return nnx.State({"llama": params})
+
+
+def check_same_items(loaded: LoadedRun, dataset: Dataset) -> None:
+    """Refuses a data set whose item table is not the run's: its vectors would stand for other items."""
+    if dataset.manifest["files"]["items.parquet"]["sha256"] != loaded.description["dataset"]["items_sha256"]:
+        raise UserError(
+            f"{dataset.path} has another item table than the data set of {loaded.run.path}: "
+            "its item vectors would stand for other items. Use the data set that the run was trained on"
+        )
+
+
+def adopt(path: str, system: EfficientIDS, config: TrainConfig, dataset: Dataset) -> tuple[nnx.Module, LoadedRun]:
+    """`--load_checkpoint`: the parameters and buffers of an earlier run in a new recommender.
+
+    Raises:
+        UserError: the earlier model is another one (fields listed), or of another catalogue.
+    """
+    loaded = open_run(path, llama_dtype=build.llama_param_dtype(config))
+    check_same_items(loaded, dataset)
+    # How long sequences are and how text is weighed may change; what has parameters or buffers may not.
+    free = {"seq_len", "max_seq_len", "text_loss_weight", "model.dropout", "model.init_std"}
+    differing = build.differing_fields(loaded.system.spec, system.spec)
+    differing = [line for line in differing if line.split(":")[0] not in free]
+    if differing:
+        listed = "\n  ".join(differing)
+        raise UserError(
+            f"--load_checkpoint {path} is a checkpoint of another model (its value ≠ this run's):\n  {listed}\n"
+            "Give the flags of the run that wrote it (--llama_size, --weights, --head, --item_dim, …)"
+        )
+    graphdef, _ = nnx.split(nnx.eval_shape(system.init, jax.random.key(0)))
+    return nnx.merge(graphdef, loaded.params), loaded

@@ -1,0 +1,105 @@
+"""The contract between a system and everything that trains, evaluates, plans and serves it.
+
+The trainer knows phases, not systems; the evaluator knows `recommend`, not models. Keep this small.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
+
+import jax
+import numpy as np
+from flax import nnx
+
+Batch = Mapping[str, Any]
+# An NNX filter: (path, variable) → bool, a variable type, or a combination of these (`nnx.All`, `nnx.Not`, …).
+Filter = Any
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW with linear warm-up and a cosine down to `final_fraction` of the peak; plain data.
+
+    Weight decay is decoupled and never touches norms, biases or other vectors.
+    """
+
+    learning_rate: float
+    warmup_steps: int = 0
+    weight_decay: float = 0.0
+    b1: float = 0.9
+    b2: float = 0.999
+    eps: float = 1e-8
+    final_fraction: float = 0.1
+
+
+class LossSum(NamedTuple):
+    """A loss as sums, so that micro-batches of unequal weight accumulate to exactly the large batch's mean.
+
+    Attributes:
+        total: Σ of the loss over targets, float32; what is minimised is total / weight.
+        weight: the number (or weight) of targets in the batch.
+        metrics: further sums by name, each with its own weight: reported as Σ value / Σ weight.
+    """
+
+    total: jax.Array
+    weight: jax.Array
+    metrics: Mapping[str, tuple[jax.Array, jax.Array]]
+
+
+@dataclass(frozen=True)
+class Phase:
+    """One optimisation with one loss.
+
+    Attributes:
+        name: the compiled step and its optimiser state belong to it.
+        groups: (filter, optimiser) pairs; the first filter that matches a parameter owns it, and a parameter in no
+            group is frozen: never differentiated, returned, decayed or checkpointed twice.
+        batch_spec: shape and dtype of each array of a batch: enough to compile and plan without data.
+        batches: (seed, start_step, rows) → endless iterator over batches (NumPy, fixed shapes), a pure function of
+            its arguments: the batch of step s is the same wherever the iteration started.
+        loss: (model, batch, key, step) → LossSum; traced, so loss weights may follow `step`.
+        num_steps: optimiser steps.
+        steps_per_epoch: for reports only.
+    """
+
+    name: str
+    groups: Sequence[tuple[Filter, OptimizerConfig]]
+    batch_spec: Mapping[str, jax.ShapeDtypeStruct]
+    batches: Callable[[int, int], Iterator[Batch]]
+    loss: Callable[[Any, Batch, jax.Array, jax.Array], LossSum]
+    num_steps: int
+    steps_per_epoch: float
+
+
+class Histories(NamedTuple):
+    """What is known of some users: item_ids int32 [B, H], right-padded, oldest first; lengths int32 [B]."""
+
+    item_ids: np.ndarray
+    lengths: np.ndarray
+
+
+class Ranked(NamedTuple):
+    """Recommendations, best first: item_ids int32 [B, k], scores float32 [B, k]; (0, −∞) where none are left."""
+
+    item_ids: np.ndarray
+    scores: np.ndarray
+
+
+class Recommender(Protocol):
+    """One system. Instances are small: they describe, and hold no parameters."""
+
+    def init(self, key: jax.Array) -> nnx.Module:
+        """All parameters and buffers of the system at their start; callers may use `jax.eval_shape`."""
+
+    def plan(self) -> Sequence[Phase]:
+        """The phases of training, in order."""
+
+    def recommend(self, model: nnx.Module, histories: Histories, k: int, exclude: np.ndarray | None) -> Ranked:
+        """The k best items after each history, without those in `exclude` (int32 [B, X], padded with 0)."""
+
+
+def in_llama(path: tuple[Any, ...], _: Any) -> bool:
+    """The filter for the pretrained part: by convention a system keeps it in its attribute `llama`."""
+    return bool(path) and path[0] == "llama"

@@ -1,0 +1,218 @@
+"""EfficientIDS as a recommender: how it makes sequences, which loss, which parameters train, how it recommends.
+
+Legend: B rows, H history items, T sequence positions, N items, C clusters, K title tokens.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from core.clustering import Clusters
+from core.config import LlamaConfig, RopeScaling
+from core.embeddings import Woven, items_only, weave
+from core.functional import Buffer
+from core.llama import Compute, Init
+from core.models.efficientids import EfficientIDSConfig, LlamaEfficientIDSModel
+from efficientids.recommenders.base import Batch, Histories, LossSum, OptimizerConfig, Phase, Ranked, in_llama
+
+
+@dataclasses.dataclass(frozen=True)
+class EfficientIDSSpec:
+    """Everything that decides the shapes of the system; stands in the run's `model.json`.
+
+    Attributes:
+        model: the model's own configuration.
+        seq_len: T, positions of the Llama's input.
+        max_seq_len: H, the newest items of a history that are looked at.
+        num_clusters, cluster_slots: shape of the cluster table; 0 with the full head.
+        title_tokens: K, width of the title table; 0 without text.
+        bos: token id before the first item where there is text.
+        text_loss_weight: weight of a text token's loss against an item's; 0 trains items alone.
+    """
+
+    model: EfficientIDSConfig
+    seq_len: int
+    max_seq_len: int
+    num_clusters: int = 0
+    cluster_slots: int = 0
+    title_tokens: int = 0
+    bos: int = 0
+    text_loss_weight: float = 0.0
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values, for `model.json`."""
+        return dataclasses.asdict(self)
+
+    @staticmethod
+    def from_json(values: dict[str, Any]) -> EfficientIDSSpec:
+        """The inverse of `to_json`.
+
+        Raises:
+            KeyError, TypeError: fields are missing or unknown.
+        """
+        model = dict(values["model"])
+        llama = dict(model["llama"])
+        scaling = llama["rope_scaling"]
+        llama["rope_scaling"] = None if scaling is None else RopeScaling(**scaling)
+        model["llama"] = LlamaConfig(**llama)
+        return EfficientIDSSpec(**{**values, "model": EfficientIDSConfig(**model)})
+
+
+@dataclasses.dataclass(frozen=True)
+class Training:
+    """How the one phase of this system trains."""
+
+    num_steps: int
+    steps_per_epoch: float
+    batch_rows: int
+    optimizer: OptimizerConfig
+    freeze_llama: bool
+    batches: Callable[[int, int], Iterator[Batch]]
+
+
+class TitledModel(LlamaEfficientIDSModel):
+    """The model with its table of titles, which is saved with it: token ids [N + 1, K], −1 where a title ends."""
+
+    def __init__(self, spec: EfficientIDSSpec, key: jax.Array, titles: jax.Array | None, **parts: Any) -> None:
+        super().__init__(spec.model, key, **parts)
+        self.titles_NK = None if titles is None else Buffer(titles)
+
+
+class EfficientIDS:
+    """See `efficientids.recommenders.base.Recommender`.
+
+    Args:
+        spec: shapes.
+        compute, init: how the Llama computes and starts.
+        clusters, titles: contents of the buffers; None builds them empty, to be filled from a checkpoint.
+        training: None where nothing is to be trained.
+    """
+
+    def __init__(
+        self,
+        spec: EfficientIDSSpec,
+        *,
+        compute: Compute | None = None,
+        init: Init | None = None,
+        clusters: Clusters | None = None,
+        titles: np.ndarray | None = None,
+        training: Training | None = None,
+    ) -> None:
+        self.spec, self._compute, self._init = spec, compute, init
+        self._clusters, self._titles, self._training = clusters, titles, training
+
+    def init(self, key: jax.Array) -> TitledModel:
+        """The whole system at its start."""
+        spec, clusters, titles = self.spec, self._clusters, self._titles
+        if clusters is None and spec.num_clusters:
+            clusters = _blank_clusters(spec)
+        if titles is None and spec.title_tokens:
+            titles = np.full((spec.model.num_items + 1, spec.title_tokens), -1, np.int32)
+        table = None if titles is None else jnp.asarray(titles)
+        return TitledModel(spec, key, table, clusters=clusters, compute=self._compute, init=self._init)
+
+    def plan(self) -> Sequence[Phase]:
+        """One phase: everything, or everything but the Llama."""
+        training = self._training
+        if training is None:
+            raise ValueError("this recommender was built without `training`")
+        trained = nnx.Not(in_llama) if training.freeze_llama else nnx.Param
+        rows = (training.batch_rows, self.spec.max_seq_len)
+        phase = Phase(
+            name="frozen" if training.freeze_llama else "full",
+            groups=[(trained, training.optimizer)],
+            batch_spec={
+                "item_ids": jax.ShapeDtypeStruct(rows, jnp.int32),
+                "lengths": jax.ShapeDtypeStruct(rows[:1], jnp.int32),
+            },
+            batches=training.batches,
+            loss=self._loss,
+            num_steps=training.num_steps,
+            steps_per_epoch=training.steps_per_epoch,
+        )
+        return [phase]
+
+    def recommend(self, model: nnx.Module, histories: Histories, k: int, exclude: np.ndarray | None) -> Ranked:
+        """The k most probable next items, exactly; rows and k are padded to powers of two so that few programs compile.
+
+        Raises:
+            ValueError: ids outside 0 … N.
+        """
+        num_items = self.spec.model.num_items
+        for name, ids in (("histories", histories.item_ids), ("exclude", exclude)):
+            if ids is not None and ids.size and (ids.min() < 0 or ids.max() > num_items):
+                raise ValueError(f"{name}: item ids {ids.min()} … {ids.max()}, the catalogue has 1 … {num_items}")
+        rows, items = len(histories.lengths), self.spec.max_seq_len
+        ids_BH, lengths_B = newest(histories, items)
+        exclude_BX = np.zeros((rows, 1), np.int32) if exclude is None else exclude
+        batch = [_pad_rows(ids_BH), _pad_rows(lengths_B), _pad_columns(_pad_rows(exclude_BX))]
+        graphdef, state = nnx.split(model)
+        padded_k = min(_power_of_two(k), num_items)
+        ids, scores = self._top_k(graphdef, state, *batch, k=max(padded_k, k))
+        return Ranked(np.asarray(ids)[:rows, :k], np.asarray(scores)[:rows, :k])
+
+    def sequence(self, model: TitledModel, item_ids_BH: jax.Array, lengths_B: jax.Array) -> Woven:
+        """Histories → the Llama's input: items alone, or each item followed by its title."""
+        if model.titles_NK is None:
+            return items_only(item_ids_BH, lengths_B)
+        return weave(item_ids_BH, lengths_B, model.titles_NK[...], self.spec.bos, self.spec.seq_len)
+
+    @functools.partial(jax.jit, static_argnums=(0, 1), static_argnames="k")
+    def _top_k(
+        self, graphdef: Any, state: nnx.State, ids: jax.Array, lengths: jax.Array, exclude: jax.Array, *, k: int
+    ) -> tuple[jax.Array, jax.Array]:
+        model = nnx.merge(graphdef, state)
+        hidden_BD = model.last_hidden(self.sequence(model, ids, lengths))
+        scores_Bk, items_Bk = model.top_k(hidden_BD, k, exclude)
+        return items_Bk, scores_Bk
+
+    def _loss(self, model: TitledModel, batch: Batch, key: jax.Array, step: jax.Array) -> LossSum:
+        sequence = self.sequence(model, batch["item_ids"], batch["lengths"])
+        weight = self.spec.text_loss_weight
+        parts = model.loss(sequence, self.spec.max_seq_len, with_text=weight > 0, key=key)
+        if not weight:
+            return LossSum(parts.item_loss, parts.num_items, {})
+        metrics = {
+            "item_loss": (parts.item_loss, parts.num_items),
+            "text_loss": (parts.text_loss, parts.num_tokens),
+        }
+        total = parts.item_loss + weight * parts.text_loss
+        return LossSum(total, parts.num_items + weight * parts.num_tokens, metrics)
+
+
+def _blank_clusters(spec: EfficientIDSSpec) -> Clusters:
+    """Clusters of the right shapes and no content, for a checkpoint to fill."""
+    item_N1 = jnp.zeros((spec.model.num_items + 1,), jnp.int32)
+    sizes_C = jnp.zeros((spec.num_clusters,), jnp.int32)
+    return Clusters(item_N1, item_N1, jnp.zeros((spec.num_clusters, spec.cluster_slots), jnp.int32), sizes_C)
+
+
+def newest(histories: Histories, items: int) -> tuple[np.ndarray, np.ndarray]:
+    """The newest `items` of each history, right-padded: int32 [B, items] and lengths [B]."""
+    lengths_B = np.minimum(histories.lengths, items).astype(np.int32)
+    start_B1 = (histories.lengths - lengths_B)[:, None]
+    columns_BH = start_B1 + np.arange(items)
+    inside_BH = np.arange(items) < lengths_B[:, None]
+    width = histories.item_ids.shape[1]
+    picked_BH = np.take_along_axis(histories.item_ids, np.minimum(columns_BH, width - 1), axis=1)
+    return np.where(inside_BH, picked_BH, 0).astype(np.int32), lengths_B
+
+
+def _power_of_two(n: int) -> int:
+    return 1 << max(n - 1, 0).bit_length()
+
+
+def _pad_rows(x: np.ndarray) -> np.ndarray:
+    return np.pad(x, [(0, _power_of_two(len(x)) - len(x))] + [(0, 0)] * (x.ndim - 1)).astype(np.int32)
+
+
+def _pad_columns(x: np.ndarray) -> np.ndarray:
+    return np.pad(x, [(0, 0), (0, _power_of_two(x.shape[1]) - x.shape[1])])

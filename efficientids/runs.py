@@ -1,0 +1,139 @@
+"""The run folder R: what a run was, in files that evaluate, recommend and later runs read alone.
+
+config.yaml       the complete configuration, every default resolved
+model.json        which recommender, its shape, its data set and (where frozen) its weight file
+environment.json  versions, hardware, command
+metrics.jsonl     one line a logged step or evaluation
+checkpoints/STEP  see `efficientids.checkpoints`
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+import json
+import platform
+import re
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import yaml
+
+from efficientids import checkpoints
+from efficientids.errors import UserError
+
+_VERSIONS = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "polars", "efficientids")
+
+
+@dataclasses.dataclass(frozen=True)
+class RunFolder:
+    """Paths of one run."""
+
+    path: Path
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def metrics(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+    @staticmethod
+    def create(path: Path) -> RunFolder:
+        """Makes the folder for a new run.
+
+        Raises:
+            UserError: it already holds a run; nothing in it is touched.
+        """
+        if (path / "model.json").exists() or (path / "checkpoints").exists():
+            raise UserError(
+                f"--checkpoint_dir {path} already holds a run; give a new folder, or start a new run from its "
+                f"parameters with --load_checkpoint {path} and another --checkpoint_dir"
+            )
+        if path.exists() and not path.is_dir():
+            raise UserError(f"--checkpoint_dir {path} is a file; give a folder")
+        path.mkdir(parents=True, exist_ok=True)
+        return RunFolder(path)
+
+    @staticmethod
+    def open(path: Path) -> RunFolder:
+        """An existing run.
+
+        Raises:
+            UserError: there is none at `path`.
+        """
+        if not (path / "model.json").is_file():
+            what = "no such folder" if not path.exists() else "it has no model.json"
+            raise UserError(f"{path} is not a run folder ({what}); give the --checkpoint_dir of a training run")
+        return RunFolder(path)
+
+    def write(self, config: dict[str, Any], model: dict[str, Any]) -> None:
+        """Writes the files that describe the run; `model.json` last, for it is what makes the folder a run."""
+        (self.path / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
+        (self.path / "environment.json").write_text(json.dumps(environment(), indent=2) + "\n")
+        (self.path / "model.json").write_text(json.dumps(model, indent=2) + "\n")
+
+    def read_model(self) -> dict[str, Any]:
+        """`model.json`."""
+        return _read(self.path / "model.json", json.loads)
+
+    def read_config(self) -> dict[str, Any]:
+        """`config.yaml`."""
+        return _read(self.path / "config.yaml", yaml.safe_load)
+
+    def choose_step(self, step: int | None = None) -> int:
+        """`step` if it has a checkpoint; for None the best by validation NDCG@10.
+
+        Raises:
+            UserError: no checkpoint, or none of that step: those that exist are listed.
+        """
+        found, best = checkpoints.steps(self.checkpoints)
+        if not found:
+            raise UserError(f"{self.checkpoints} holds no finished checkpoint; train first, or give another run")
+        if step is None:
+            return found[-1] if best is None else best
+        if step not in found:
+            raise UserError(f"{self.checkpoints} has no step {step}; it has {', '.join(map(str, found))}")
+        return step
+
+
+def locate(text: str) -> tuple[RunFolder, int | None]:
+    """What `--load_checkpoint` names: R, R/STEP or R/checkpoints/STEP → the run and the step (None for R)."""
+    path = Path(text)
+    if re.fullmatch(r"\d+", path.name) and not (path / "model.json").is_file():
+        parent = path.parent.parent if path.parent.name == "checkpoints" else path.parent
+        return RunFolder.open(parent), int(path.name)
+    return RunFolder.open(path), None
+
+
+def environment() -> dict[str, Any]:
+    """Versions, hardware and command of this process."""
+    versions = {}
+    for name in _VERSIONS:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            versions[name] = "not installed"
+    devices = jax.devices()
+    return {
+        "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "command": sys.argv,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "devices": [device.device_kind for device in devices],
+        "versions": versions,
+    }
+
+
+def _read(path: Path, parse: Any) -> dict[str, Any]:
+    try:
+        value = parse(path.read_text())
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise UserError(f"{path} cannot be read: {error}") from error
+    if not isinstance(value, dict):
+        raise UserError(f"{path} holds {type(value).__name__}, expected a mapping")
+    return value

@@ -1,0 +1,141 @@
+"""Runs the phases of a recommender: steps, validation, checkpoints, early stopping."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from flax import nnx
+
+from efficientids.checkpoints import BEST_METRIC, Writer, writer
+from efficientids.errors import UserError
+from efficientids.recommenders.base import Phase, Recommender
+from efficientids.runs import RunFolder
+from efficientids.training.log import RunLog
+from efficientids.training.step import Program, TrainState, build_program
+
+Validate = Callable[[nnx.Module], dict[str, float]]
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainerOptions:
+    """How any system trains.
+
+    Attributes:
+        seed: of the data order and of dropout.
+        accumulation: micro-batches an optimiser step.
+        grad_clip: largest global gradient norm; 0 clips nothing.
+        log_every: steps a printed line.
+        eval_every: steps between validations, each followed by a checkpoint; the last step always has both.
+        patience: validations without a better NDCG@10 after which a phase ends; 0: never.
+        saved: the NNX filter of the variables that checkpoints hold.
+    """
+
+    seed: int
+    accumulation: int
+    grad_clip: float
+    log_every: int
+    eval_every: int
+    patience: int
+    saved: Any
+
+
+def train(
+    recommender: Recommender,
+    model: nnx.Module,
+    options: TrainerOptions,
+    run: RunFolder,
+    log: RunLog,
+    validate: Validate,
+) -> None:
+    """Trains `model` through all phases of `recommender.plan()`; the result is in the run's checkpoints.
+
+    Args:
+        model: concrete; its arrays are given away (donated) to the steps.
+        validate: model → validation metrics as fractions, `ndcg@10` among them.
+
+    Raises:
+        UserError: the loss or a gradient is not finite. Checkpoints written before stay.
+    """
+    done = 0
+    with writer(run.checkpoints) as checkpoints:
+        for phase in recommender.plan():
+            program = build_program(model, phase, accumulation=options.accumulation, grad_clip=options.grad_clip)
+            loop = _Loop(phase, program, options, log, validate, checkpoints, done)
+            model = loop.run()
+            done += loop.steps_done
+
+
+class _Loop:
+    """One phase: dispatches step n + 1 before it reads the metrics of step n, so that the device never waits."""
+
+    def __init__(
+        self,
+        phase: Phase,
+        program: Program,
+        options: TrainerOptions,
+        log: RunLog,
+        validate: Validate,
+        checkpoints: Writer,
+        first_step: int,
+    ) -> None:
+        self._phase, self._program, self._options = phase, program, options
+        self._log, self._validate, self._checkpoints, self._first = log, validate, checkpoints, first_step
+        self._best, self._best_step = -math.inf, 0
+        self.steps_done = 0
+
+    def run(self) -> nnx.Module:
+        """Returns the model after the last step."""
+        phase, options = self._phase, self._options
+        key = jax.random.fold_in(jax.random.key(options.seed), self._first)
+        state, frozen = self._program.state, self._program.frozen
+        batches = phase.batches(options.seed, 0)
+        unread: tuple[int, dict[str, jax.Array]] | None = None
+        for step in range(1, phase.num_steps + 1):
+            batch = {name: value for name, value in next(batches).items() if name in phase.batch_spec}
+            state, metrics = self._program.step(state, frozen, batch, key)
+            if unread is not None:
+                self._read(*unread)
+            unread = (step, metrics)
+            self.steps_done = step
+            if step % options.eval_every == 0 or step == phase.num_steps:
+                self._read(*unread)
+                unread = None
+                if self._evaluate_and_save(step, state):
+                    break
+        return self._program.model(state)
+
+    def _read(self, step: int, metrics: dict[str, jax.Array]) -> None:
+        values = {name: float(value) for name, value in metrics.items()}
+        for name in ("loss", "grad_norm"):
+            if not math.isfinite(values[name]):
+                raise UserError(
+                    f"step {self._first + step}: {name} is {values[name]}, so training stops; earlier checkpoints are "
+                    "kept. Try a lower --learning_rate, more --warmup_steps, or --precision float32"
+                )
+        epoch = step / self._phase.steps_per_epoch
+        self._log.step(self._phase.name, step, self._phase.num_steps, epoch, values)
+
+    def _evaluate_and_save(self, step: int, state: TrainState) -> bool:
+        """Validates and saves; True where the phase should end early."""
+        total = self._first + step
+        model = self._program.model(state)
+        metrics = self._validate(model)
+        improved = metrics[BEST_METRIC] > self._best
+        if improved:
+            self._best, self._best_step = metrics[BEST_METRIC], step
+        self._log.record({"event": "validation", "phase": self._phase.name, "step": total, **metrics})
+        shown = "  ".join(f"{name} {value:.4f}" for name, value in metrics.items())
+        self._log.say(f"validation at step {total}: {shown}{'  (best so far)' if improved else ''}")
+        info = {"phase": self._phase.name, "step_in_phase": step, "seed": self._options.seed}
+        saved = nnx.state(model, self._options.saved)
+        self._checkpoints.save(total, saved, state.opt_states, metrics, info)
+        self._log.restart_clock()
+        waited = (step - self._best_step) // self._options.eval_every
+        if self._options.patience and waited >= self._options.patience and step < self._phase.num_steps:
+            self._log.say(f"no better {BEST_METRIC} in {waited} validations: phase {self._phase.name!r} ends")
+            return True
+        return False

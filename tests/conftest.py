@@ -1,0 +1,38 @@
+"""Fixtures shared by all tests: where the real data and the golden values are."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def _shared(variable: str, name: str) -> Path:
+    """The folder named by the environment variable, else `../shared/<name>`; skips where neither is there.
+
+    A folder that is there but cannot be read fails the test: a skip would hide it.
+    """
+    given = os.environ.get(variable)
+    folder = Path(given) if given else ROOT.parent / "shared" / name
+    if not folder.exists():
+        if given:
+            pytest.fail(f"{variable}={given} does not exist")
+        pytest.skip(f"no {name} at ../shared/{name}; set {variable} to the folder to run this test")
+    if not any(folder.iterdir()):
+        pytest.fail(f"{folder} is empty")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def real_data() -> Path:
+    """The folder of real data sets and weights."""
+    return _shared("EFFICIENTIDS_REAL_DATA", "data")
+
+
+@pytest.fixture(scope="session")
+def golden() -> Path:
+    """The folder of golden values of the released code."""
+    return _shared("EFFICIENTIDS_GOLDEN", "golden")
