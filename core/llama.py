@@ -112,9 +112,9 @@ class Attention(nnx.Module):
         if cache is None:
             return self.o(causal_attention(q_BTNH, k_BTKH, v_BTKH)), None
         row_B1 = jnp.arange(x_BTD.shape[0])[:, None]
-        k_BSKH = cache[0].at[row_B1, at.index].set(k_BTKH.astype(cache[0].dtype), mode="drop")
-        v_BSKH = cache[1].at[row_B1, at.index].set(v_BTKH.astype(cache[1].dtype), mode="drop")
-        y_BTNH = cached_attention(q_BTNH, k_BSKH.astype(x_BTD.dtype), v_BSKH.astype(x_BTD.dtype), at.index)
+        k_BSKH = cache[0].at[row_B1, at.place].set(k_BTKH.astype(cache[0].dtype), mode="drop")
+        v_BSKH = cache[1].at[row_B1, at.place].set(v_BTKH.astype(cache[1].dtype), mode="drop")
+        y_BTNH = cached_attention(q_BTNH, k_BSKH.astype(x_BTD.dtype), v_BSKH.astype(x_BTD.dtype), at.place)
         return self.o(y_BTNH), (k_BSKH, v_BSKH)
 
 
@@ -223,12 +223,12 @@ class Llama(nnx.Module):
         Returns:
             Hidden states after the final norm [B, T, D], and the longer cache.
         """
-        x_BTD, layers = self._run(x_BTD, cache, 0.0, None)
+        x_BTD, (k_LBSKH, v_LBSKH) = self._run(x_BTD, cache, 0.0, None)
         steps_B = jnp.full(x_BTD.shape[:1], x_BTD.shape[1]) if lengths_B is None else lengths_B
         grown_B = cache.lengths_B + steps_B.astype(jnp.int32)
         overflow_B = grown_B > cache.k_LBSKH.shape[2]
         x_BTD = jnp.where(overflow_B[:, None, None], jnp.nan, self.norm(x_BTD))
-        return x_BTD, KVCache(*layers, grown_B)
+        return x_BTD, KVCache(k_LBSKH, v_LBSKH, grown_B)
 
     def _run(
         self, x_BTD: Array, cache: KVCache | None, dropout: float, key: Array | None, keep_layers: bool = False
@@ -250,19 +250,18 @@ class Llama(nnx.Module):
 
 
 class Positions(NamedTuple):
-    """Where the positions of a pass stand: their index [B or 1, T], and the rotation that follows from it."""
+    """Where the positions of a pass stand: their place [B or 1, T], and the rotation that follows from it."""
 
-    index: Array
+    place: Array
     cos: Array
     sin: Array
 
     @staticmethod
     def of(config: LlamaConfig, x_BTD: Array, cache: KVCache | None) -> Positions:
-        index = jnp.arange(x_BTD.shape[1])[None]
-        length = x_BTD.shape[1]
+        place, length = jnp.arange(x_BTD.shape[1])[None], x_BTD.shape[1]
         if cache is not None:
-            index, length = cache.lengths_B[:, None] + index, cache.k_LBSKH.shape[2]
-        return Positions(index, *rotation(config, index, length))
+            place, length = cache.lengths_B[:, None] + place, cache.k_LBSKH.shape[2]
+        return Positions(place, *rotation(config, place, length))
 
 
 class Dropout(NamedTuple):

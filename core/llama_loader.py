@@ -148,7 +148,12 @@ def random_model(
     """A Llama that starts at random: the model and its parameters."""
     compute, init = compute or Compute(), init or Init()
     model, _ = abstract_model(config, compute, init)
-    return model, jax.jit(lambda key: nnx.split(Llama(config, key, compute, init))[1])(key)
+    return model, _random_parameters(config, key, compute, init)
+
+
+@functools.partial(jax.jit, static_argnames=("config", "compute", "init"))
+def _random_parameters(config: LlamaConfig, key: Array, compute: Compute, init: Init) -> nnx.State:
+    return nnx.split(Llama(config, key, compute, init))[1]
 
 
 def _checked_headers(folder: Path, files: list[Path], config: LlamaConfig) -> dict[str, Header]:

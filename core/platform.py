@@ -49,3 +49,14 @@ def without_known_noise() -> Iterator[None]:
             for line in held.read().decode(errors="replace").splitlines(keepends=True):
                 if not any(noise in line for noise in _KNOWN_NOISE):
                     sys.stderr.write(line)
+
+
+def quiet_devices() -> None:
+    """Looks for devices now, without the CUDA libraries' lines on a machine that has none."""
+    import jax
+
+    if has_nvidia_device():
+        jax.devices()
+        return
+    with without_known_noise():
+        jax.devices()

@@ -7,6 +7,8 @@ Legend: B batch, T positions, N heads, H head dimension.
 
 from __future__ import annotations
 
+import math
+
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
@@ -22,24 +24,26 @@ def inverse_frequencies(config: LlamaConfig, padded_length: int) -> np.ndarray:
         padded_length: positions in the batch, padding included. Only `dynamic` depends on it, and only beyond
             `max_position_embeddings`: Hugging Face's rule, so one text scores differently in a longer batch.
     """
-    half = np.arange(0, config.head_dim, 2, dtype=np.float64) / config.head_dim
+    # Rounded to float32 wherever Hugging Face rounds: half a step off turns position 8,191 by up to 5e-4 rad.
+    half = (np.arange(0, config.head_dim, 2) / config.head_dim).astype(np.float32).astype(np.float64)
     theta, scaling = config.rope_theta, config.rope_scaling
     if scaling is not None and scaling.kind == "dynamic":
         stretch = max(padded_length, config.max_position_embeddings) / config.max_position_embeddings
         growth = scaling.factor * stretch - (scaling.factor - 1)
         theta = theta * growth ** (config.head_dim / (config.head_dim - 2))
-    frequencies = 1.0 / theta**half
+    frequencies = 1.0 / (theta**half).astype(np.float32)
     if scaling is not None and scaling.kind == "linear":
         frequencies = frequencies / scaling.factor
     if scaling is not None and scaling.kind == "llama3":
         assert scaling.low_freq_factor is not None and scaling.high_freq_factor is not None
         assert scaling.original_max_position_embeddings is not None
         low, high = scaling.low_freq_factor, scaling.high_freq_factor
-        turns = scaling.original_max_position_embeddings * frequencies / (2 * np.pi)
+        turns = scaling.original_max_position_embeddings / (2 * math.pi / frequencies)
         # Fast frequencies stay, slow ones are divided by the factor, those between are blended.
         keep = np.clip((turns - low) / (high - low), 0.0, 1.0)
         frequencies = keep * frequencies + (1 - keep) * frequencies / scaling.factor
-    return frequencies.astype(np.float32)
+    assert frequencies.dtype == np.float32
+    return frequencies
 
 
 def rotation(config: LlamaConfig, positions_BT: Array, padded_length: int) -> tuple[Array, Array]:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import core  # noqa: F401  # before jax: see core.platform
+
 
 def __getattr__(name: str) -> Any:
     # Lazily: `efficientids --help` should not wait for jax.

@@ -47,7 +47,7 @@ def recommender(config: TrainConfig, llama: LlamaConfig, dataset: Dataset) -> Ef
         texts = dataset.items["title"].to_list()
         titles, bos = title_table(texts, config.tokenizer, config.title_tokens, llama.vocab_size)
     clusters = None if config.head == "full" else _clusters(config, dataset)
-    shape = (0, 0) if clusters is None else clusters.members_CM.shape
+    shape = (0, 0) if clusters is None else (clusters.num_clusters, clusters.members_CM.shape[1])
     return EfficientIDS(
         spec(config, llama, dataset.catalogue_size, shape, bos),
         compute=compute(config.precision, config.gradient_checkpointing),
@@ -61,7 +61,7 @@ def recommender(config: TrainConfig, llama: LlamaConfig, dataset: Dataset) -> Ef
 def spec(
     config: TrainConfig, llama: LlamaConfig, num_items: int, cluster_shape: tuple[int, int], bos: int = 0
 ) -> EfficientIDSSpec:
-    """The shapes of a resolved configuration; `cluster_shape` is (clusters, members of the largest), (0, 0) for none."""
+    """The shapes of a resolved configuration; `cluster_shape`: clusters, members of the largest; (0, 0) for none."""
     assert config.item_dim is not None and config.max_seq_len is not None and config.dropout is not None
     return EfficientIDSSpec(
         model=EfficientIDSConfig(

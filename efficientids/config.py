@@ -31,7 +31,7 @@ class RunOptions:
     data_dir: Path | None = None
     """A data set folder (see `python -m efficientids prepare`). Default: a generated catalogue of invented films."""
     checkpoint_dir: Path | None = None
-    """The run folder R: configuration, metrics, checkpoints. Must not hold a run yet. Default: runs/RECOMMENDER-TIME."""
+    """The run folder R: configuration, metrics, checkpoints; of a new run. Default: runs/RECOMMENDER-TIME."""
     load_checkpoint: str | None = None
     """R, R/STEP or R/checkpoints/STEP of an earlier run: start from its parameters (fresh optimiser, step 0)."""
     estimate_memory_only: bool = False
@@ -151,38 +151,42 @@ def parse(arguments: Sequence[str], prog: str = "train_llama.py") -> TrainConfig
     return config
 
 
+_EXCLUSIVE = (
+    ("num_steps", "epochs"), ("batch_size", "batch_size_per_device"), ("clustering", "num_clusters"),
+    ("random_weights", "weights"),
+)  # fmt: skip
+_POSITIVE = (
+    "num_steps", "epochs", "batch_size", "batch_size_per_device", "gradient_accumulation", "learning_rate",
+    "log_every", "eval_every", "max_seq_len", "init_std", "num_clusters", "item_dim", "item_rank", "title_tokens",
+)  # fmt: skip
+_NOT_NEGATIVE = ("warmup_steps", "weight_decay", "grad_clip", "patience", "text_loss_weight", "seed")
+
+
 def check(config: TrainConfig) -> None:
     """Refuses combinations that contradict each other and values out of range."""
-    exclusive = [("num_steps", "epochs"), ("batch_size", "batch_size_per_device"), ("clustering", "num_clusters")]
-    for one, other in exclusive:
-        if getattr(config, one) is not None and getattr(config, other) is not None:
+    for one, other in _EXCLUSIVE:
+        if getattr(config, one) and getattr(config, other):
             raise UserError(f"--{one} and --{other} exclude each other; give one")
-    positive = (
-        "num_steps", "epochs", "batch_size", "batch_size_per_device", "gradient_accumulation", "learning_rate",
-        "log_every", "eval_every", "max_seq_len", "init_std", "num_clusters", "item_dim", "item_rank", "title_tokens",
-    )  # fmt: skip
-    for name in positive:
-        value = getattr(config, name)
-        if value is not None and not value > 0:
-            raise UserError(f"--{name} {value}: must be above 0")
-    for name in ("warmup_steps", "weight_decay", "grad_clip", "patience", "text_loss_weight", "seed"):
-        value = getattr(config, name)
-        if value is not None and not value >= 0:
-            raise UserError(f"--{name} {value}: must not be negative")
+    for names, accepted, rule in ((_POSITIVE, 1e-300, "above 0"), (_NOT_NEGATIVE, 0, "0 or more")):
+        for name in names:
+            value = getattr(config, name)
+            if value is not None and not accepted <= value < float("inf"):
+                raise UserError(f"--{name} {value}: must be {rule}, and finite")
     if config.seq_len < 2:
         raise UserError(f"--seq_len {config.seq_len}: at least 2, one position to read and one to predict")
     if config.dropout is not None and not 0 <= config.dropout < 1:
         raise UserError(f"--dropout {config.dropout}: must be in [0, 1)")
-    if config.random_weights and config.weights is not None:
-        raise UserError("--random_weights and --weights exclude each other; give one")
-    if config.head == "full" and (config.clustering is not None or config.num_clusters is not None):
-        raise UserError(
-            "--head full has no clusters; leave --clustering and --num_clusters out, or use --head two_level"
-        )
-    if config.item_text == "none" and (config.text_loss_weight or config.tokenizer is not None):
-        raise UserError("--text_loss_weight and --tokenizer need --item_text title")
-    if config.json and not config.estimate_memory_only:
-        raise UserError("--json goes with --estimate_memory_only; a run's metrics stand in its metrics.jsonl")
+    contradictions = (
+        (config.head == "full" and (config.clustering is not None or config.num_clusters is not None),
+         "--head full has no clusters; leave --clustering and --num_clusters out, or use --head two_level"),
+        (config.item_text == "none" and (bool(config.text_loss_weight) or config.tokenizer is not None),
+         "--text_loss_weight and --tokenizer need --item_text title"),
+        (config.json and not config.estimate_memory_only,
+         "--json goes with --estimate_memory_only; a run's metrics stand in its metrics.jsonl"),
+    )  # fmt: skip
+    for holds, message in contradictions:
+        if holds:
+            raise UserError(message)
 
 
 def to_mapping(config: TrainConfig) -> dict[str, Any]:

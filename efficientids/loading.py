@@ -11,6 +11,7 @@ from flax import nnx
 
 from core.functional import FunctionalModel
 from core.llama_loader import LlamaLoader
+from core.platform import quiet_devices
 from core.weight_files import weights_checksum
 from efficientids import build, checkpoints
 from efficientids.config import TrainConfig, from_mapping
@@ -68,6 +69,7 @@ def load_run(path: str | Path, step: int | None = None) -> tuple[FunctionalModel
 
 def open_run(path: str | Path, step: int | None = None, llama_dtype: Any = None) -> LoadedRun:
     """As `load_run`, with the recommender. `llama_dtype`: of the Llama's parameters, default as the run computed."""
+    quiet_devices()
     run, named = locate(str(path))
     step = run.choose_step(named if step is None else step)
     config = from_mapping(run.read_config(), run.path / "config.yaml")

@@ -8,11 +8,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
 from flax import nnx
 
 from core.config import LlamaConfig
-from core.platform import without_known_noise
+from core.platform import quiet_devices
 from core.weight_files import weights_checksum
 from efficientids import build, loading
 from efficientids.config import TrainConfig, parse, to_mapping
@@ -21,20 +20,19 @@ from efficientids.data.generated import generate
 from efficientids.data.process import Oracle, has_oracle
 from efficientids.evaluation.evaluate import as_text, evaluate
 from efficientids.evaluation.samples import sample_recommendations
+from efficientids.log import RunLog, duration
 from efficientids.planning.memory import estimate
 from efficientids.recommenders.base import in_llama
 from efficientids.recommenders.efficientids import EfficientIDS
 from efficientids.resolve import Scale, llama_config, resolve, starts_at_random
 from efficientids.runs import RunFolder
-from efficientids.training.log import RunLog, duration
 from efficientids.training.trainer import TrainerOptions, train
 
 
 def main(arguments: Sequence[str]) -> int:
     """Parses flags and does the job; returns the exit code."""
     config = parse(arguments)
-    with without_known_noise():
-        jax.devices()
+    quiet_devices()
     llama = llama_config(config)
     if config.estimate_memory_only:
         return _estimate(config, llama)

@@ -89,14 +89,15 @@ class LlamaEfficientIDSModel(nnx.Module):
         tied = config.output_tying == "shared_mlp"
         down = fan_in(width, config.init_std, jnp.float32)
         self.output_adapter = None if tied else Linear(keys[3], (width,), (config.item_dim,), True, down)
-        self.clusters, self.cluster_vectors_CE, self.cluster_bias_C = None, None, None
-        if config.head == "two_level":
-            if clusters is None:
-                raise ValueError("head 'two_level' needs clusters: see core.clustering")
-            num_clusters = clusters.sizes_C.shape[0]
-            self.clusters = nnx.data({name: Buffer(value) for name, value in vars(clusters).items()})
-            self.cluster_vectors_CE = nnx.Param(vectors.normal(keys[4], (num_clusters, config.item_dim)))
-            self.cluster_bias_C = nnx.Param(jnp.zeros((num_clusters,)))
+        if config.head == "two_level" and clusters is None:
+            raise ValueError("head 'two_level' needs clusters: see core.clustering")
+        if config.head == "full" or clusters is None:
+            self.clusters = self.cluster_vectors_CE = self.cluster_bias_C = None
+        else:
+            self.clusters = nnx.Dict({name: Buffer(value) for name, value in vars(clusters).items()})
+            table_CE = vectors.normal(keys[4], (clusters.num_clusters, config.item_dim))
+            self.cluster_vectors_CE = nnx.Param(table_CE)
+            self.cluster_bias_C = nnx.Param(jnp.zeros((clusters.num_clusters,)))
 
     def __call__(
         self,
@@ -185,15 +186,18 @@ class LlamaEfficientIDSModel(nnx.Module):
         return LossParts(item_loss, weights_BM.sum(), text_loss, weights_BT.sum())
 
     def top_k(self, hidden_BD: Array, k: int, exclude: Array | None = None) -> tuple[Array, Array]:
-        """The k most probable next items by exact log-probability: (scores float32 [B, k], ids int32 [B, k])."""
-        h_BS, vectors_NS = self._head_hidden(hidden_BD), self._item_vectors()
+        """The k most probable next items by exact log-probability: (scores float32 [B, k], ids int32 [B, k]).
+
+        The head computes in float32 whatever the Llama does: rounded scores would tie.
+        """
+        h_BS, vectors_NS = self._head_hidden(hidden_BD.astype(jnp.float32)), self._item_vectors()
         if self.clusters is None:
             return softmax.top_k(h_BS, vectors_NS, self.item_bias_N[...], None, k, exclude)
         return hierarchical_softmax.top_k(h_BS, self._two_level(vectors_NS), self._clusters(), k, exclude)
 
     def log_probs(self, hidden_BD: Array) -> Array:
         """Exact log-probability of every item as the next one, float32 [B, N + 1]; −∞ at 0."""
-        h_BS, vectors_NS = self._head_hidden(hidden_BD), self._item_vectors()
+        h_BS, vectors_NS = self._head_hidden(hidden_BD.astype(jnp.float32)), self._item_vectors()
         if self.clusters is None:
             return softmax.log_probs([softmax.item_segment(h_BS, vectors_NS, self.item_bias_N[...])])
         return hierarchical_softmax.log_probs(h_BS, self._two_level(vectors_NS), self._clusters())
@@ -202,13 +206,13 @@ class LlamaEfficientIDSModel(nnx.Module):
         """Σ weights · (−log p(target)) at hidden states [T, D]; targets are token ids where `words`, else items."""
         h_TS, vectors_NS = self._head_hidden(x_TD), self._item_vectors()
         text = softmax.Segment(x_TD, self.llama.output_table()) if with_text else None
-        if self.clusters is None:
-            items = softmax.item_segment(h_TS, vectors_NS, self.item_bias_N[...])
-            if text is None:
-                return softmax.cross_entropy([items], targets_T, weights_T)
-            first_item = 0 if words else self.config.llama.vocab_size
-            return softmax.cross_entropy([text, items], first_item + targets_T, weights_T)
-        raise NotImplementedError
+        first_item = self.config.llama.vocab_size if text is not None and not words else 0
+        targets_T = targets_T + first_item
+        if self.clusters is not None:
+            head = self._two_level(vectors_NS)
+            return hierarchical_softmax.loss(h_TS, head, self._clusters(), targets_T, weights_T, words=text)
+        items = softmax.item_segment(h_TS, vectors_NS, self.item_bias_N[...])
+        return softmax.cross_entropy([items] if text is None else [text, items], targets_T, weights_T)
 
     def _head_hidden(self, x_TD: Array) -> Array:
         return x_TD if self.output_adapter is None else self.output_adapter(x_TD)
@@ -217,6 +221,19 @@ class LlamaEfficientIDSModel(nnx.Module):
         """What hidden states of the head meet: item vectors [N + 1, S], through the shared MLP where it is tied."""
         table_NE = self.items.table()
         return table_NE if self.output_adapter is not None else self.input_adapter(table_NE)
+
+    def _two_level(self, vectors_NS: Array) -> hierarchical_softmax.TwoLevelParams:
+        assert self.cluster_vectors_CE is not None and self.cluster_bias_C is not None
+        centroids = self.cluster_vectors_CE[...]
+        if self.output_adapter is None:
+            centroids = self.input_adapter(centroids)
+        return hierarchical_softmax.TwoLevelParams(
+            centroids, self.cluster_bias_C[...], vectors_NS, self.item_bias_N[...]
+        )
+
+    def _clusters(self) -> Clusters:
+        assert self.clusters is not None
+        return Clusters(**{name: buffer[...] for name, buffer in self.clusters.items()})
 
 
 def _shift(x_BT: Array) -> Array:

@@ -158,7 +158,7 @@ def _read_manifest(path: Path) -> tuple[dict[str, Any], str]:
         )
     if not file.is_file():
         raise UserError(
-            f"{path}: not a prepared data set (no {layout.MANIFEST}). Give the --output folder of `prepare`"
+            f"{path}: no prepared data set (no {layout.MANIFEST}). Give the --output folder of `prepare`"
         )
     raw = file.read_bytes()
     try:

@@ -17,12 +17,14 @@ from efficientids.data.layout import Contents
 from efficientids.data.process import PROCESS, NextItemProcess
 from efficientids.data.writing import write_dataset
 
-NUM_ITEMS = 400
-NUM_USERS = 3_000
+# Chosen so that a small Transformer learns it in two minutes on two cores, and yet the last item alone is not enough:
+# best HR@10 0.78, counting which item follows which 0.59, a plain prototype (D = 64, 2 layers, 1,000 steps of 64) 0.71.
+NUM_ITEMS = 250
+NUM_USERS = 6_000
 SHORTEST, LONGEST = 12, 40  # interactions of a user
-NUM_SUCCESSORS = 8
-FOLLOW = 0.55
-POPULARITY_EXPONENT = 1.0
+NUM_SUCCESSORS = 4
+FOLLOW = 0.5  # probability of going on to a successor
+POPULARITY_EXPONENT = 1.3
 
 # The last word of a title tells its first genre.
 _NOUNS = {
@@ -89,7 +91,7 @@ def generate(
         timestamps=_timestamps(rng, lengths_U),
         offsets=np.concatenate([[0], np.cumsum(lengths_U)]).astype(np.int64),
         order={"rule": "as generated", "tie_break": "none needed: times rise"},
-        filters={"seed": seed},
+        filters={},
     )
     return GeneratedData(contents, process, favourite_U)
 

@@ -138,7 +138,7 @@ class Oracle:
         UserError for a history that the process cannot give (an item repeated or outside the catalogue).
         """
         chunks = [
-            self._score(item_ids_BH[start : start + _ROWS], lengths_B[start : start + _ROWS])
+            self._score(item_ids_BH[start : start + _ROWS], lengths_B[start : start + _ROWS], start)
             for start in range(0, len(lengths_B), _ROWS)
         ]
         return np.concatenate(chunks)
@@ -157,30 +157,32 @@ class Oracle:
             item_ids_BH = np.zeros((len(chunk), lengths_U[chunk].max()), np.int32)
             for row, user in enumerate(chunk):
                 item_ids_BH[row, : lengths_U[user]] = self.dataset.history(user, split)
-            scores_BM = self._score(item_ids_BH, lengths_U[chunk])
+            scores_BM = self._score(item_ids_BH, lengths_U[chunk], start)
             target_B1 = np.take_along_axis(scores_BM, targets_U[chunk, None].astype(np.int64), 1)
             hits += int(((scores_BM >= target_B1).sum(1) <= k).sum())
             expected += np.partition(scores_BM, -k, 1)[:, -k:].sum()
         return BestHitRate(float(expected) / len(users), hits / len(users), len(users))
 
-    def _score(self, item_ids_BH: np.ndarray, lengths_B: np.ndarray) -> np.ndarray:
+    def _score(self, item_ids_BH: np.ndarray, lengths_B: np.ndarray, first_row: int) -> np.ndarray:
         process, size = self.process, self.process.catalogue_size
         watching = process.start(len(lengths_B))
         genre_BG = np.tile(process.genre_prior_G, (len(lengths_B), 1))
         for position in range(int(lengths_B.max(initial=0))):
-            item_B = np.where(position < lengths_B, item_ids_BH[:, position], 0).astype(np.int64)
-            going = position < lengths_B
-            legal = (item_B >= 1) & (item_B <= size)
-            legal[legal] = ~watching.seen_BM[legal, item_B[legal]]
-            if (going & ~legal).any():
-                row = int(np.argmax(going & ~legal))
+            going_B = position < lengths_B
+            item_B = np.where(going_B, item_ids_BH[:, position], 0).astype(np.int64)
+            inside_B = (item_B >= 1) & (item_B <= size)
+            # An item seen before has the likelihood 0, so Bayes' rule itself finds the histories that cannot be.
+            likelihood_BG = process.likelihood(watching, np.where(inside_B, item_B, 0))
+            genre_BG = np.where(going_B[:, None], genre_BG * likelihood_BG, genre_BG)
+            evidence_B = genre_BG.sum(1)
+            impossible_B = going_B & (~inside_B | (evidence_B == 0))
+            if impossible_B.any():
+                row = int(np.argmax(impossible_B))
                 raise UserError(
-                    f"history in row {row}, position {position}: item {item_B[row]} is repeated or outside 1..{size},"
-                    " which the process never does; score only histories of the generated data set"
+                    f"history in row {first_row + row}, position {position}: item {item_B[row]} cannot come there "
+                    f"(repeated, outside 1..{size}, or no genre gives it); score only histories of {self.dataset.path}"
                 )
-            likelihood_BG = process.likelihood(watching, item_B)
-            genre_BG = np.where(going[:, None], genre_BG * likelihood_BG, genre_BG)
-            genre_BG /= genre_BG.sum(1, keepdims=True)
+            genre_BG = genre_BG / evidence_B[:, None]
             watching.watch(item_B)
         return process.next_item(watching, genre_BG)
 

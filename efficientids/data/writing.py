@@ -44,7 +44,7 @@ def check_destination(path: Path, overwrite: bool) -> None:
     foreign = sorted(held - known)
     if foreign:
         raise UserError(
-            f"{path}: holds {foreign[0]}, which is no part of the data set; move it away before --overwrite"
+            f"{path}: holds {foreign[0]}, no part of the data set; move it away before --overwrite"
         )
 
 
@@ -59,15 +59,18 @@ def write_dataset(
     """
     path = Path(path).resolve()
     check_destination(path, overwrite)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    new = Path(tempfile.mkdtemp(prefix=f".{path.name}.new-", dir=path.parent))
     try:
-        new.chmod(0o755)  # mkdtemp makes it private to the user; a data set is an ordinary folder
-        _fill(new, contents, extra or {})
-        Dataset.open(new)  # every rule of the format, checked on what was really written
-        _swap(new, path)
-    finally:
-        shutil.rmtree(new, ignore_errors=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        new = Path(tempfile.mkdtemp(prefix=f".{path.name}.new-", dir=path.parent))
+        try:
+            new.chmod(0o755)  # mkdtemp makes it private to the user; a data set is an ordinary folder
+            _fill(new, contents, extra or {})
+            Dataset.open(new)  # every rule of the format, checked on what was really written
+            _swap(new, path)
+        finally:
+            shutil.rmtree(new, ignore_errors=True)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({error}); nothing there was changed") from error
     return Dataset.open(path)
 
 

@@ -54,7 +54,12 @@ class Estimate:
 
 
 def estimate(config: TrainConfig, llama: LlamaConfig, scale: Scale) -> Estimate:
-    """Counts what the first phase of a configuration (not yet resolved) keeps in memory between steps."""
+    """Counts what the first phase of a configuration (not yet resolved) keeps in memory between steps.
+
+    `--precision auto` is planned as bfloat16: the plan is for a GPU, whatever machine makes it.
+    """
+    if config.precision == "auto":
+        config = dataclasses.replace(config, precision="bfloat16")
     program, _ = abstract_program(resolve(config, llama, scale), llama, scale.num_items)
     trained, frozen = nnx.State.merge(*program.state.params), program.frozen
     trained_llama, trained_items = nnx.split_state(trained, in_llama, ...)

@@ -60,7 +60,8 @@ def build_program(
     """
     # A buffer is never trained, whatever a filter says.
     filters = [nnx.All(nnx.Param, filter_) for filter_, _ in phase.groups]
-    graphdef, *groups, frozen = nnx.split(model, *filters, ...)
+    graphdef, *states = nnx.split(model, *filters, ...)
+    groups, frozen = states[:-1], states[-1]
     for (filter_, _), group in zip(phase.groups, groups, strict=True):
         if not jax.tree.leaves(group):
             raise ValueError(f"phase {phase.name!r}: no parameter matches the group {filter_}")
@@ -68,7 +69,7 @@ def build_program(
     abstract = any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(groups))
     init = [(lambda g, tx=tx: jax.eval_shape(tx.init, g) if abstract else tx.init(g)) for tx in optimizers]
     opt_states = tuple(make(group) for make, group in zip(init, groups, strict=True))
-    zero = jax.ShapeDtypeStruct((), jnp.int32) if abstract else jnp.zeros((), jnp.int32)
+    zero: Any = jax.ShapeDtypeStruct((), jnp.int32) if abstract else jnp.zeros((), jnp.int32)
     step = _make_step(graphdef, phase, optimizers, accumulation, grad_clip)
     compiled = jax.jit(step, donate_argnums=0 if donate else ())
     return Program(graphdef, TrainState(zero, tuple(groups), opt_states), frozen, compiled)

@@ -12,9 +12,9 @@ from flax import nnx
 
 from efficientids.checkpoints import BEST_METRIC, Writer, writer
 from efficientids.errors import UserError
+from efficientids.log import RunLog
 from efficientids.recommenders.base import Phase, Recommender
 from efficientids.runs import RunFolder
-from efficientids.training.log import RunLog
 from efficientids.training.step import Program, TrainState, build_program
 
 Validate = Callable[[nnx.Module], dict[str, float]]

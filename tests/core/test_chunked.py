@@ -48,9 +48,9 @@ def test_equals_the_plain_sum(rows: int, chunk_size: int) -> None:
 
     args = (params["table"], xs["h"], xs["weight"])
     got, got_grads = jax.jit(jax.value_and_grad(chunked, (0, 1, 2)))(*args)
-    want, want_grads = jax.value_and_grad(plain, (0, 1, 2))(*args)
+    want, want_grads = jax.jit(jax.value_and_grad(plain, (0, 1, 2)))(*args)
     np.testing.assert_allclose(got, want, rtol=1e-5)
-    np.testing.assert_allclose(chunked(*args), want, rtol=1e-5)
+    np.testing.assert_allclose(jax.jit(chunked)(*args), want, rtol=1e-5)
     for got_grad, want_grad in zip(got_grads, want_grads, strict=True):
         np.testing.assert_allclose(got_grad, want_grad, rtol=1e-5, atol=1e-5)
 
@@ -106,7 +106,7 @@ def test_chunk_rows() -> None:
 
 
 def _table_products(differentiate_table: bool) -> int:
-    """Matrix products in the optimised program of the gradient by h, or by h and the table."""
+    """Matrix products in the program of the gradient by h, or by h and the table."""
     params, xs = _inputs(64)
 
     def loss(h: jax.Array, table: jax.Array) -> jax.Array:

@@ -1,4 +1,4 @@
-"""The loader: formats, what it refuses, how much memory it takes, and the hub behind it."""
+"""The loader: formats, what it refuses, how much memory it takes. The hub behind it: test_llama_hub.py."""
 
 from __future__ import annotations
 
@@ -19,52 +19,14 @@ from safetensors.numpy import load_file, save_file
 
 from core import llama_loader
 from core.config import LLAMA_SIZES, TINY, ConfigError, LlamaConfig
-from core.hf_names import EMBEDDING, HEAD, TABLE, Layout, places
+from core.hf_names import EMBEDDING, HEAD, TABLE, Layout, Row, places
 from core.llama import Compute, Init
 from core.llama_loader import CheckpointMismatch, LlamaLoader, abstract_model, random_model
 from core.weight_files import CheckpointCorrupt, CheckpointError, WeightsNotFound, weights_checksum
+from tests.core.checkpoints import SMALL, assert_same, leaves, tensors_of, write
 
 ROOT = Path(__file__).resolve().parents[2]
-SMALL = dataclasses.replace(
-    TINY, vocab_size=32, hidden_size=24, intermediate_size=20, num_heads=4, head_dim=8, attention_bias=True,
-    mlp_bias=True, tie_word_embeddings=False,
-)  # fmt: skip
 Q0 = "model.layers.0.self_attn.q_proj.weight"
-
-
-def tensors_of(config: LlamaConfig, dtype: object = np.float32) -> dict[str, np.ndarray]:
-    """Random tensors by Hugging Face's names."""
-    rng = np.random.default_rng(0)
-    shapes = {name: place.layout.hf_shape for name, place in places(config).items()}
-    return {name: rng.standard_normal(shape, np.float32).astype(dtype) for name, shape in shapes.items()}
-
-
-def write(folder: Path, config: LlamaConfig, tensors: dict[str, np.ndarray], shards: int = 1) -> Path:
-    """A checkpoint as Hugging Face writes it; shard i holds every `shards`-th run of tensors."""
-    folder.mkdir(exist_ok=True)
-    (folder / "config.json").write_text(json.dumps(config.to_hf()))
-    if shards == 1:
-        save_file(tensors, folder / "model.safetensors")
-        return folder
-    names, weight_map = list(tensors), {}
-    for i, some in enumerate(np.array_split(np.arange(len(names)), shards)):
-        file = f"model-{i + 1:05}-of-{shards:05}.safetensors"
-        save_file({names[j]: tensors[names[j]] for j in some}, folder / file)
-        weight_map.update({names[j]: file for j in some})
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
-    return folder
-
-
-def leaves(params: nnx.State) -> dict[tuple, np.ndarray]:
-    return {path: np.asarray(leaf[...]) for path, leaf in nnx.to_flat_state(params)}
-
-
-def assert_same(a: nnx.State, b: nnx.State) -> None:
-    ours, theirs = leaves(a), leaves(b)
-    assert ours.keys() == theirs.keys()
-    for path in ours:
-        assert ours[path].dtype == theirs[path].dtype, path
-        np.testing.assert_array_equal(ours[path], theirs[path], err_msg=str(path))
 
 
 # The table of names
@@ -85,7 +47,7 @@ def test_the_table_covers_the_abstract_model_exactly(config: LlamaConfig) -> Non
 
 
 @pytest.mark.parametrize("row", TABLE, ids=lambda row: row.ours)
-def test_layouts_go_both_ways(row) -> None:
+def test_layouts_go_both_ways(row: Row) -> None:
     layout = Layout.parse(row.layout, dataclasses.replace(SMALL, num_kv_heads=2))
     theirs = np.arange(np.prod(layout.hf_shape)).reshape(layout.hf_shape)
     ours = layout.to_ours(theirs)
@@ -305,7 +267,7 @@ def test_arguments(tmp_path: Path) -> None:
     for wrong in ({}, {"model_size": "1b", "path": tmp_path}, {"path": tmp_path, "revision": "main"}):
         with pytest.raises(ValueError):
             LlamaLoader(**wrong)
-    with pytest.raises(ValueError, match="tinyllama-1.1b"):
+    with pytest.raises(ValueError, match=r"tinyllama-1\.1b"):
         LlamaLoader("2b")
     with pytest.raises(WeightsNotFound, match="'tiny' has no published weights"):
         LlamaLoader("tiny")
@@ -315,16 +277,16 @@ def test_arguments(tmp_path: Path) -> None:
 
 
 def test_random_model() -> None:
-    model, params = random_model(TINY, jax.random.key(0), init=Init(std=0.5, param_dtype=jnp.bfloat16))
-    expected, abstract = abstract_model(TINY, Compute(), Init(param_dtype=jnp.bfloat16))
-    assert jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), params) == jax.tree.map(
-        lambda leaf: (leaf.shape, leaf.dtype), abstract
-    )
-    assert model.graphdef != expected.graphdef or model.graphdef == expected.graphdef
-    spread = float(jnp.std(params["layers"]["mlp"]["up"]["weight"][...].astype(jnp.float32)))
+    init = Init(std=0.5, param_dtype=jnp.bfloat16)
+    model, params = random_model(TINY, jax.random.key(0), init=init)
+    for path, leaf in nnx.to_flat_state(abstract_model(TINY, Compute(), init)[1]):
+        assert (leaves(params)[path].shape, leaves(params)[path].dtype) == (leaf.shape, leaf.dtype)
+    spread = float(np.std(leaves(params)[("layers", "mlp", "up", "weight")].astype(np.float32)))
     assert abs(spread - 0.5) < 0.02
-    other = random_model(TINY, jax.random.key(1))[1]
+    other = random_model(TINY, jax.random.key(1), init=init)[1]
     assert not np.array_equal(leaves(params)[("embed_VD",)], leaves(other)[("embed_VD",)])
+    logits = model.apply(params, input_ids=jnp.ones((2, 3), jnp.int32))
+    assert logits.shape == (2, 3, TINY.vocab_size) and bool(jnp.isfinite(logits).all())
 
 
 def test_checksum_tells_weights_apart(tmp_path: Path) -> None:
@@ -339,6 +301,16 @@ def test_checksum_tells_weights_apart(tmp_path: Path) -> None:
 
 
 # Memory
+
+
+def test_a_stack_is_written_in_place() -> None:
+    layout = places(SMALL)[Q0].layout
+    stack = jnp.zeros((2, *layout.our_shape))
+    where = stack.unsafe_buffer_pointer()
+    stack, _ = llama_loader._write(stack, jnp.ones(layout.hf_shape), 1, layout)
+    assert stack.unsafe_buffer_pointer() == where
+    assert float(stack[0].sum()) == 0 and float(stack[1].mean()) == 1
+
 
 MEASURE = """
 import sys
@@ -360,7 +332,7 @@ print(before, memory("VmHWM"))
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads the peak from /proc/self")
 def test_peak_memory_is_what_is_kept_and_at_most_one_shard(tmp_path: Path) -> None:
-    """150 MB in nine shards. Holding every tensor until all are read would take 150 MB more, not one shard's 17."""
+    """151 MB in nine shards. To hold every tensor until all are read would take 151 MB more, not one shard's 34."""
     big = dataclasses.replace(
         TINY, vocab_size=8192, hidden_size=512, intermediate_size=2048, num_heads=8, num_kv_heads=8, head_dim=64,
         num_layers=8,
@@ -377,7 +349,8 @@ def test_peak_memory_is_what_is_kept_and_at_most_one_shard(tmp_path: Path) -> No
     )  # fmt: skip
     assert run.returncode == 0, run.stderr
     before, peak = map(int, run.stdout.split())
-    margin = 24e6  # programs compiled for the new shapes, and the allocator's own
+    # Measured 44 MB above what is kept: a tensor of 17, programs compiled for the new shapes, the allocator's holes
+    # (which do not grow with the model: 50 MB above at 688 MB).
+    margin = 30e6
     assert kept > 140e6 and shard < 35e6
-    print(f"kept {kept / 1e6:.0f} MB, shard {shard / 1e6:.0f}, peak {(peak - before) / 1e6:.0f}")
-    assert peak - before < kept + shard + margin
+    assert kept < peak - before < kept + shard + margin

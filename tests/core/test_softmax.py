@@ -11,9 +11,11 @@ import numpy as np
 import pytest
 
 from core import softmax
-from core.softmax import Segment, cross_entropy, item_segment, log_probs, top_k
+from core.softmax import Segment, cross_entropy, item_segment, log_probs
 
 T, N, V, D = 23, 37, 11, 8
+
+top_k = jax.jit(softmax.top_k, static_argnames=("k", "chunk_elements"))
 
 
 def _arrays(seed: int = 0) -> dict[str, jax.Array]:
@@ -65,10 +67,10 @@ def test_equals_dense(joint: bool, chunk_elements: int | None) -> None:
         return cross_entropy(_segments(a, joint), targets_T, weights_T, chunk_elements=chunk_elements)
 
     got, got_grads = jax.jit(jax.value_and_grad(chunked))(a)
-    want, want_grads = jax.value_and_grad(lambda a: _dense(_segments(a, joint), targets_T, weights_T))(a)
+    want, want_grads = jax.jit(jax.value_and_grad(lambda a: _dense(_segments(a, joint), targets_T, weights_T)))(a)
     assert got.dtype == jnp.float32
     np.testing.assert_allclose(got, want, rtol=1e-5)
-    np.testing.assert_allclose(chunked(a), want, rtol=1e-5)
+    np.testing.assert_allclose(jax.jit(chunked)(a), want, rtol=1e-5)
     for name in a:
         np.testing.assert_allclose(got_grads[name], want_grads[name], atol=1e-5, rtol=1e-5, err_msg=name)
 
@@ -81,8 +83,9 @@ def test_bfloat16_hidden_states() -> None:
     def chunked(h: jax.Array, table: jax.Array) -> jax.Array:
         return cross_entropy([item_segment(h, table, a["bias"])], targets_T, weights_T, chunk_elements=200)
 
-    got, (grad_h, grad_table) = jax.value_and_grad(chunked, (0, 1))(a["h"].astype(jnp.bfloat16), a["table"])
-    want, (want_h, want_table) = jax.value_and_grad(chunked, (0, 1))(a["h"], a["table"])
+    both = jax.jit(jax.value_and_grad(chunked, (0, 1)))
+    got, (grad_h, grad_table) = both(a["h"].astype(jnp.bfloat16), a["table"])
+    want, (want_h, want_table) = both(a["h"], a["table"])
     assert (grad_h.dtype, grad_table.dtype) == (jnp.bfloat16, jnp.float32)
     np.testing.assert_allclose(got, want, rtol=1e-2)
     np.testing.assert_allclose(grad_h.astype(jnp.float32), want_h, atol=0.03)
@@ -93,7 +96,7 @@ def test_dead_entries_have_no_probability_and_no_gradient() -> None:
     a, weights_T = _arrays(), jnp.ones(T)
     live_N = jnp.arange(N) % 3 != 0
     targets_T = jnp.full(T, 4, jnp.int32)
-    grads = jax.grad(lambda a: cross_entropy(_segments(a, True, live_N), targets_T + V, weights_T))(a)
+    grads = jax.jit(jax.grad(lambda a: cross_entropy(_segments(a, True, live_N), targets_T + V, weights_T)))(a)
     dead = np.arange(N) % 3 == 0
     assert not np.any(np.asarray(grads["table"])[dead])
     assert not np.any(np.asarray(grads["bias"])[dead])
@@ -108,11 +111,9 @@ def test_an_impossible_target_is_loud_unless_its_weight_is_zero(target: int) -> 
     a = _arrays()
     targets_T = jnp.full(T, 1, jnp.int32).at[0].set(target)
     weights_T = jnp.ones(T)
-    assert jnp.isinf(cross_entropy(_segments(a, False), targets_T, weights_T))
-    weights_T = weights_T.at[0].set(0.0)
-    loss, grads = jax.value_and_grad(
-        lambda a, w: cross_entropy(_segments(a, False), targets_T, w), (0, 1), allow_int=False
-    )(a, weights_T)
+    both = jax.jit(jax.value_and_grad(lambda a, w: cross_entropy(_segments(a, False), targets_T, w), (0, 1)))
+    assert jnp.isinf(both(a, weights_T)[0])
+    loss, grads = both(a, weights_T.at[0].set(0.0))
     assert jnp.isfinite(loss)
     assert all(np.all(np.isfinite(g)) for g in jax.tree.leaves(grads))
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -64,6 +65,24 @@ class RunLog:
         self._stream.write("\r" + line + " " * max(0, self._left_over - len(line)))
         self._stream.flush()
         self._left_over = len(line)
+
+
+def progress(verb: str, stream: TextIO) -> Callable[[int, int], None]:
+    """A callback (done, total) that keeps one line on a terminal, and prints every 30 seconds elsewhere."""
+    began = last = time.perf_counter()
+
+    def show(done: int, total: int) -> None:
+        nonlocal last
+        now = time.perf_counter()
+        eta = duration((total - done) * (now - began) / max(done, 1))
+        if stream.isatty():
+            stream.write(f"\r{verb} {done:,}/{total:,} users  ETA {eta}   " + ("\n" if done >= total else ""))
+            stream.flush()
+        elif now - last > 30:
+            last = now
+            print(f"{verb} {done:,}/{total:,} users  ETA {eta}", file=stream, flush=True)
+
+    return show
 
 
 def duration(seconds: float) -> str:

@@ -1,0 +1,169 @@
+"""The EfficientIDS model: what its loss reads, and that inference agrees with it."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from core.clustering import from_assignment
+from core.config import TINY
+from core.embeddings import Woven, items_only, weave
+from core.functional import FunctionalModel
+from core.models import LlamaEfficientIDSModel
+from core.models.efficientids import EfficientIDSConfig
+
+LLAMA = dataclasses.replace(TINY, vocab_size=40, hidden_size=32, intermediate_size=48, head_dim=16)
+ITEMS = 11
+CLUSTERS = from_assignment(np.array([0, 1, 2, 0, 1, 2, 0, 1, 2, 0, 0]), 3)
+VARIANTS = [(head, tying) for head in ("full", "two_level") for tying in ("adapter", "shared_mlp")]
+
+
+def make(head: str = "full", tying: str = "adapter", **fields: object) -> LlamaEfficientIDSModel:
+    config = EfficientIDSConfig(LLAMA, ITEMS, item_dim=8, head=head, output_tying=tying, init_std=0.3, **fields)
+    return LlamaEfficientIDSModel(config, jax.random.key(0), clusters=CLUSTERS if head == "two_level" else None)
+
+
+def histories() -> Woven:
+    return items_only(jnp.array([[1, 5, 2, 9], [3, 11, 0, 0], [4, 0, 0, 0]]), jnp.array([4, 2, 1]))
+
+
+@pytest.mark.parametrize(("head", "tying"), VARIANTS)
+def test_loss_is_the_sum_over_prefixes_of_minus_log_prob(head: str, tying: str) -> None:
+    model = make(head, tying)
+    expected, count = 0.0, 0
+    for row in ([1, 5, 2, 9], [3, 11], [4]):
+        for cut in range(1, len(row)):
+            prefix = items_only(jnp.array([row[:cut]]), jnp.array([cut]))
+            expected -= float(model.log_probs(model.last_hidden(prefix))[0, row[cut]])
+            count += 1
+    parts = model.loss(histories(), 4)
+    assert parts.item_loss == pytest.approx(expected, rel=1e-5)
+    assert parts.num_items == count
+
+
+@pytest.mark.parametrize(("head", "tying"), VARIANTS)
+def test_top_k_is_the_order_of_exact_probabilities(head: str, tying: str) -> None:
+    model = make(head, tying)
+    hidden_BD = model.last_hidden(histories())
+    log_probs_BN = np.asarray(model.log_probs(hidden_BD))
+    np.testing.assert_allclose(np.exp(log_probs_BN).sum(axis=1), 1, atol=1e-6)
+    scores_Bk, ids_Bk = model.top_k(hidden_BD, ITEMS)
+    order = np.argsort(-log_probs_BN, axis=1)[:, :ITEMS]
+    np.testing.assert_array_equal(ids_Bk, order)
+    np.testing.assert_allclose(scores_Bk, np.take_along_axis(log_probs_BN, order, axis=1), atol=1e-6)
+
+
+@pytest.mark.parametrize(("head", "tying"), VARIANTS)
+def test_every_parameter_that_is_read_gets_a_gradient(head: str, tying: str) -> None:
+    model = make(head, tying)
+    graphdef, params, rest = nnx.split(model, nnx.Param, ...)
+    grads = jax.grad(lambda p: nnx.merge(graphdef, p, rest).loss(histories(), 4).item_loss)(params)
+    zero = {
+        "/".join(map(str, path)) for path, value in nnx.to_flat_state(grads) if not jnp.abs(value[...]).max() > 0
+    }
+    assert zero == {"llama/embed_VD"}  # no text in these sequences
+
+
+def test_frozen_llama_passes_the_input_adapters_gradient() -> None:
+    graphdef, adapter, rest = nnx.split(make(), nnx.PathContains("input_adapter"), ...)
+    grads = jax.grad(lambda p: nnx.merge(graphdef, p, rest).loss(histories(), 4).item_loss)(adapter)
+    assert all(jnp.abs(g).max() > 0 for g in jax.tree.leaves(grads))
+
+
+@pytest.mark.parametrize("head", ["full", "two_level"])
+def test_no_label_leaks(head: str) -> None:
+    """The log-probability of an item has exactly zero gradient on the inputs at or after it."""
+    model = make(head)
+    sequence = histories()
+    x_BTD = model.input_adapter(model.items(sequence.item_ids))
+
+    def target(x: jax.Array) -> jax.Array:
+        return model.log_probs(model.llama.hidden(x)[:, 1])[0, 2]
+
+    grad_TD = jax.grad(target)(x_BTD)[0]
+    assert jnp.abs(grad_TD[:2]).min(axis=1).max() > 0
+    assert not grad_TD[2:].any()
+
+
+@pytest.mark.parametrize("head", ["full", "two_level"])
+def test_text_loss_is_the_joint_softmax(head: str) -> None:
+    """Summed over words and items, or words and clusters × items, the joint probabilities are one."""
+    model = make(head)
+    titles_NK = jnp.full((ITEMS + 1, 2), -1).at[1].set(jnp.array([7, 8])).at[5].set(jnp.array([9, -1]))
+    item_total, word_total = 0.0, 0.0
+    for item in range(1, ITEMS + 1):
+        woven = weave(jnp.array([[1, item]]), jnp.array([2]), titles_NK.at[item].set(-1), 3, 6)
+        # BOS, 1, 7, 8, item: all but the last term is the same for every item.
+        with_item = model.loss(woven, 2, with_text=True).item_loss
+        first = model.loss(woven._replace(lengths=woven.lengths - 1), 2, with_text=True).item_loss
+        item_total += float(jnp.exp(-(with_item - first))) if item not in (1,) else 0.0
+    base = weave(jnp.array([[2]]), jnp.array([1]), titles_NK, 3, 6)
+    for word in range(LLAMA.vocab_size):
+        longer = base._replace(input_ids=base.input_ids.at[0, 2].set(word), lengths=base.lengths + 1)
+        word_total += float(jnp.exp(-model.loss(longer, 2, with_text=True).text_loss))
+    hidden = model.hidden(base)[0, 1]
+    words = model.llama.logits(hidden[None, None])[0, 0]
+    h = model._head_hidden(hidden[None])[0]
+    if head == "full":
+        others = (model._item_vectors() @ h + model.item_bias_N[...])[1:]
+    else:
+        others = model.cluster_vectors_CE[...] @ h + model.cluster_bias_C[...]
+    expected = jnp.exp(jax.nn.logsumexp(words) - jax.nn.logsumexp(jnp.concatenate([words, others])))
+    assert word_total == pytest.approx(float(expected), rel=1e-4)
+    assert 0 < item_total < 1
+
+
+def test_items_after_text_are_read_where_their_label_is_not_yet_seen() -> None:
+    model = make()
+    titles_NK = jnp.full((ITEMS + 1, 2), -1).at[1:].set(jnp.array([7, 8]))
+    woven = weave(jnp.array([[1, 5, 2]]), jnp.array([3]), titles_NK, 3, 10)
+    expected = 0.0
+    for position in np.flatnonzero(woven.item_mask[0]):
+        prefix = Woven(*(x[:, :position] if x.ndim == 2 else x for x in woven[:3]), jnp.array([position]))
+        expected -= float(model.log_probs(model.last_hidden(prefix))[0, int(woven.item_ids[0, position])])
+    parts = model.loss(woven, 3)
+    assert parts.item_loss == pytest.approx(expected, rel=1e-5)
+    assert parts.num_items == 3
+
+
+def test_functional_apply_gives_top_items_and_last_logits() -> None:
+    """The seed's inference example: text and items in one row, no lengths."""
+    graphdef, params = nnx.split(make())
+    model = FunctionalModel(graphdef)
+    outputs = model.apply(
+        params,
+        input_ids=jnp.array([[1, 23, 0, 0]]),
+        item_ids=jnp.array([[0, 0, 10, 5]]),
+        item_mask=jnp.array([[0, 0, 1, 1]]),
+        training=False,
+        top_k=3,
+        exclude=jnp.array([[10, 5]]),
+        return_logits=True,
+    )
+    assert outputs["top_k_items"].shape == (1, 3)
+    assert outputs["logits"].shape == (1, ITEMS + 1)
+    kept = np.asarray(outputs["logits"][0]).copy()
+    kept[[10, 5]] = -np.inf
+    assert outputs["top_k_items"][0].tolist() == np.argsort(-kept)[:3].tolist()
+    assert not {10, 5} & set(outputs["top_k_items"][0].tolist())
+
+
+def test_training_flag_points_to_loss() -> None:
+    ones = jnp.ones((1, 2), jnp.int32)
+    with pytest.raises(ValueError, match="loss"):
+        make()(ones, ones, ones, training=True)
+
+
+def test_two_level_without_clusters_is_refused() -> None:
+    with pytest.raises(ValueError, match="needs clusters"):
+        LlamaEfficientIDSModel(EfficientIDSConfig(LLAMA, ITEMS, head="two_level"), jax.random.key(0))
+
+
+def test_dropout_only_with_a_key() -> None:
+    model = make(dropout=0.5)
+    plain = model.loss(histories(), 4).item_loss
+    assert plain == make().loss(histories(), 4).item_loss
+    assert model.loss(histories(), 4, key=jax.random.key(0)).item_loss != plain

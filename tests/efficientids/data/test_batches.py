@@ -1,0 +1,162 @@
+"""Batches: the same by (seed, step) wherever one starts, every user once an epoch, windows and padding exact."""
+
+from __future__ import annotations
+
+import itertools
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from efficientids.data.batches import evaluation_batches, seen_width, steps_per_epoch, training_batches
+from efficientids.data.dataset import Dataset
+from efficientids.data.writing import write_dataset
+from efficientids.errors import UserError
+
+
+@pytest.fixture
+def eleven(tmp_path: Path, make_contents: Callable) -> Dataset:
+    """Eleven users that train: user u has u + 4 items, of which u + 2 train; and one of 3, with nothing to learn."""
+    histories = [[1 + (user + t) % 30 for t in range(user + 4)] for user in range(11)] + [[1, 2, 3]]
+    return write_dataset(tmp_path / "eleven", make_contents(histories, 30))
+
+
+def _take(dataset: Dataset, count: int, **options: Any) -> list[dict[str, np.ndarray]]:
+    settings = {"batch_size": 4, "max_items": 5, "seed": 7, **options}
+    return list(itertools.islice(training_batches(dataset, **settings), count))
+
+
+def _assert_equal(first: list[dict[str, np.ndarray]], second: list[dict[str, np.ndarray]]) -> None:
+    assert len(first) == len(second) > 0
+    for one, two in zip(first, second, strict=True):
+        assert one.keys() == two.keys()
+        for name in one:
+            np.testing.assert_array_equal(one[name], two[name])
+
+
+def test_shapes_and_dtypes(eleven: Dataset) -> None:
+    (batch,) = _take(eleven, 1)
+    assert {name: (array.shape, array.dtype.name) for name, array in batch.items()} == {
+        "item_ids": ((4, 5), "int32"),
+        "lengths": ((4,), "int32"),
+        "timestamps": ((4, 5), "int64"),
+        "user": ((4,), "int32"),
+    }
+
+
+@pytest.mark.parametrize("start", [1, 5, 12])
+@pytest.mark.parametrize("prefetch", [0, 2])
+def test_a_step_is_the_same_wherever_one_starts(eleven: Dataset, start: int, prefetch: int) -> None:
+    _assert_equal(_take(eleven, start + 3)[start:], _take(eleven, 3, start_step=start, prefetch=prefetch))
+
+
+def test_every_user_once_an_epoch_and_epochs_differ(eleven: Dataset) -> None:
+    assert steps_per_epoch(eleven, 4) == 3
+    users = np.concatenate([batch["user"] for batch in _take(eleven, 11)])  # 44 rows: 4 epochs of 11
+    epochs = users.reshape(4, 11)
+    for epoch in epochs:
+        assert sorted(epoch.tolist()) == list(range(11))  # user 11, with one training item, is left out
+    assert len({tuple(epoch) for epoch in epochs.tolist()}) == 4
+
+
+def test_seeds_give_other_orders_and_neighbours_share_no_epoch(eleven: Dataset) -> None:
+    orders = [np.concatenate([b["user"] for b in _take(eleven, 11, seed=seed)]).reshape(4, 11) for seed in (0, 1, 2)]
+    assert len({tuple(epoch) for order in orders for epoch in order.tolist()}) == 12
+
+
+def test_rows_are_windows_of_the_train_history(eleven: Dataset) -> None:
+    starts: dict[int, Counter[int]] = {user: Counter() for user in range(11)}
+    for batch in _take(eleven, 165):  # 60 epochs
+        for item_ids, length, times, user in zip(*(batch[k] for k in batch), strict=True):
+            history = eleven.history(int(user), "train")
+            assert length == min(len(history), 5)
+            start = int(times[0]) // 10 - 1  # the times of a user are 10, 20, 30, …
+            starts[int(user)][start] += 1
+            np.testing.assert_array_equal(item_ids[:length], history[start : start + length])
+            np.testing.assert_array_equal(times[:length], eleven.history_times(int(user), "train")[start:][:length])
+            assert not item_ids[length:].any() and not times[length:].any()
+    assert set(starts[2]) == {0}
+    longest = starts[10]  # 12 items, windows of 5: 8 places, each 7.5 ± 2.6 times of 60
+    assert set(longest) == set(range(8))
+    assert all(count <= 20 for count in longest.values())
+
+
+def test_last_window_is_the_newest_end(eleven: Dataset) -> None:
+    for batch in _take(eleven, 3, window="last"):
+        for item_ids, length, user in zip(batch["item_ids"], batch["lengths"], batch["user"], strict=True):
+            np.testing.assert_array_equal(item_ids[:length], eleven.history(int(user), "train")[-5:])
+
+
+def test_transform_makes_the_rows(eleven: Dataset) -> None:
+    def doubled(row: dict[str, Any]) -> dict[str, Any]:
+        return {"twice": np.repeat(row["item_ids"], 2), "user": row["user"]}
+
+    plain, changed = _take(eleven, 3), _take(eleven, 3, transform=doubled)
+    for one, two in zip(plain, changed, strict=True):
+        assert two.keys() == {"twice", "user"}
+        np.testing.assert_array_equal(two["twice"], np.repeat(one["item_ids"], 2, axis=1))
+
+
+@pytest.mark.parametrize(("option", "value"), [("batch_size", 0), ("max_items", 1), ("start_step", -1)])
+def test_sizes_out_of_range_are_refused_at_once(eleven: Dataset, option: str, value: int) -> None:
+    settings = {"batch_size": 4, "max_items": 5, "seed": 7, option: value}
+    with pytest.raises(UserError, match=f"{option}: {value} is too small"):
+        training_batches(eleven, **settings)
+
+
+def test_nobody_to_train_is_refused(tmp_path: Path, make_contents: Callable) -> None:
+    dataset = write_dataset(tmp_path / "short", make_contents([[1, 2, 3], [4]]))
+    with pytest.raises(UserError, match="no user has 2 items to train on"):
+        training_batches(dataset, batch_size=1, max_items=5, seed=0)
+
+
+@pytest.mark.parametrize("split", ["validation", "test", "all"])
+def test_evaluation_batches_hold_every_user_in_order(eleven: Dataset, split: Any) -> None:
+    batches = list(evaluation_batches(eleven, split, 5, 6))
+    users = np.concatenate([batch.users for batch in batches])
+    assert users.tolist() == [*range(12), -1, -1, -1]  # 12 users, the one of 3 items too; 3 rows of padding
+    for batch in batches:
+        assert batch.item_ids.shape == batch.timestamps.shape == (5, 6)
+        assert batch.seen.shape == (5, seen_width(eleven)) == (5, 16)
+        assert batch.seen.dtype == batch.item_ids.dtype == batch.targets.dtype == batch.users.dtype == np.int32
+        assert batch.lengths.dtype == np.int32 and batch.timestamps.dtype == np.int64
+        for row, user in enumerate(batch.users.tolist()):
+            history = eleven.history(user, split) if user >= 0 else np.zeros(0, np.int32)
+            times = eleven.history_times(user, split) if user >= 0 else np.zeros(0, np.int64)
+            newest = history[-6:]
+            assert batch.lengths[row] == len(newest)
+            np.testing.assert_array_equal(batch.item_ids[row], np.pad(newest, (0, 6 - len(newest))))
+            np.testing.assert_array_equal(batch.timestamps[row], np.pad(times[-6:], (0, 6 - len(newest))))
+            np.testing.assert_array_equal(batch.seen[row], np.pad(history, (0, 16 - len(history))))
+            assert batch.targets[row] == (eleven.targets(split)[user] if user >= 0 else 0)
+
+
+def test_evaluation_passes_over_users_without_a_target(dataset: Dataset) -> None:
+    (batch,) = evaluation_batches(dataset, "test", 4, 3)
+    assert batch.users.tolist() == [0, 1, 3, -1]
+    assert batch.targets.tolist() == [5, 8, 1, 0]
+    (everyone,) = evaluation_batches(dataset, "all", 5, 3)
+    assert everyone.users.tolist() == [0, 1, 2, 3, 4]
+
+
+def test_chosen_users(dataset: Dataset) -> None:
+    (batch,) = evaluation_batches(dataset, "test", 2, 3, users=np.array([3, 0]))
+    assert batch.users.tolist() == [3, 0] and batch.targets.tolist() == [1, 5]
+    for split, user in (("test", 2), ("all", 5), ("all", -1)):
+        with pytest.raises(UserError, match=f"users: {user} has no target"):
+            evaluation_batches(dataset, split, 2, 3, users=np.array([user]))  # type: ignore[arg-type]
+
+
+def test_evaluating_nothing_is_refused(dataset: Dataset) -> None:
+    with pytest.raises(UserError, match="no user to evaluate in split 'train'"):
+        evaluation_batches(dataset, "train", 2, 3)
+    with pytest.raises(UserError, match="too small"):
+        evaluation_batches(dataset, "test", 0, 3)
+
+
+@pytest.mark.parametrize(("longest", "width"), [(1, 1), (2, 2), (3, 4), (8, 8), (9, 16)])
+def test_seen_width_is_the_next_power_of_two(tmp_path: Path, make_contents: Callable, longest: int, width: int) -> None:
+    assert seen_width(write_dataset(tmp_path / "d", make_contents([[1] * longest, [2]]))) == width
