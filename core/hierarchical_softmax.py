@@ -23,8 +23,10 @@ from core.softmax import Segment, cross_entropy, dot_f32, item_segment, joint_nl
 Method = Literal["blocks", "padded", "ragged"]
 
 DEFAULT_METHOD: Method = "blocks"
-"""Measured on 2 CPU cores, loss and gradients of the second level, T = 12,800, D = 64, equal clusters: see
-`benchmarks/`; not yet measured on a GPU."""
+"""For every backend. Loss and gradients of both levels on 2 CPU cores, seconds, equal clusters, T = 12,800, D = 64:
+N = 3,416, C = 59: blocks 0.016, padded 0.031, ragged 0.60. N = 100,000, C = 317: 0.16, 0.31, not run. Temporaries of
+the gradient's program compiled for an RTX 5090, N = 100,000, C = 317, D = 384, bf16: 0.38, 0.30 and 10.8 GiB (XLA
+expands `ragged_dot` over the groups). No method has been timed on a GPU."""
 
 
 @jax.tree_util.register_dataclass

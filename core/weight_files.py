@@ -151,7 +151,7 @@ class SafetensorsFile:
         data = buffer[start : start + size]
         with self.path.open("rb") as stream:
             stream.seek(self._offsets[name])
-            if stream.readinto(data) != size:
+            if stream.readinto(data.data) != size:
                 raise CheckpointCorrupt(f"{self.path}: became shorter while it was read")
         return data.view(dtype).reshape(shape)
 

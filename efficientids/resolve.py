@@ -87,7 +87,7 @@ def resolve(config: TrainConfig, llama: LlamaConfig, scale: Scale) -> TrainConfi
         warmup_steps=warmup,
         dropout=(0.2 if random and small else 0.0) if config.dropout is None else config.dropout,
         precision=("bfloat16" if on_gpu else "float32") if config.precision == "auto" else config.precision,
-        gradient_checkpointing=("none" if small else "full") if remat == "auto" else remat,
+        gradient_checkpointing=("dots" if small else "full") if remat == "auto" else remat,
         max_seq_len=config.max_seq_len or (config.seq_len if config.item_text == "none" else config.seq_len // 2),
         item_dim=config.item_dim or min(384, llama.hidden_size),
         head=head,

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
+
+import tyro
 
 from efficientids.data import generated
 from efficientids.data.download import download as fetch
@@ -80,3 +83,8 @@ def _movielens(config: PrepareConfig) -> tuple[Contents, DataReport]:
     log = read_movielens(config.input)
     core = DEFAULT_CORE if config.core is None else config.core
     return prepare_log(log, core=core, min_rating=config.min_rating, order=config.order or "time")
+
+
+def main(arguments: Sequence[str]) -> int:
+    """The command `prepare`: parses flags, prepares, returns the exit code."""
+    return prepare(tyro.cli(PrepareConfig, args=arguments, prog="efficientids prepare", use_underscores=True))

@@ -157,9 +157,7 @@ def _read_manifest(path: Path) -> tuple[dict[str, Any], str]:
             f"{path}: no such folder. Make a data set with `python -m efficientids prepare --output {path}`"
         )
     if not file.is_file():
-        raise UserError(
-            f"{path}: no prepared data set (no {layout.MANIFEST}). Give the --output folder of `prepare`"
-        )
+        raise UserError(f"{path}: no prepared data set (no {layout.MANIFEST}). Give the --output folder of `prepare`")
     raw = file.read_bytes()
     try:
         manifest = json.loads(raw)

@@ -43,9 +43,7 @@ def check_destination(path: Path, overwrite: bool) -> None:
         raise UserError(f"{path}: holds a data set already; give --overwrite to replace it, or another --output")
     foreign = sorted(held - known)
     if foreign:
-        raise UserError(
-            f"{path}: holds {foreign[0]}, no part of the data set; move it away before --overwrite"
-        )
+        raise UserError(f"{path}: holds {foreign[0]}, no part of the data set; move it away before --overwrite")
 
 
 def write_dataset(

@@ -143,7 +143,7 @@ def _least_expected_size(share_N: np.ndarray, num_clusters: int) -> float:
 
 @pytest.mark.parametrize("power", [1.0, 1.5])
 def test_popularity_clusters_are_near_the_cheapest(power: float) -> None:
-    """Σ_c p(c)·n_c on a Zipf catalogue of 200 items in 14 clusters: 0.5% above the optimum, equal clusters 66% or more."""
+    """Σ_c p(c)·n_c on a Zipf catalogue of 200 items: the rule is 0.5% above the optimum, equal clusters 66% or more."""
     counts = np.round(1e6 / np.arange(1, 201) ** power)
     share = counts / counts.sum()
 

@@ -1,6 +1,7 @@
 """The EfficientIDS model: what its loss reads, and that inference agrees with it."""
 
 import dataclasses
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -30,27 +31,35 @@ def histories() -> Woven:
     return items_only(jnp.array([[1, 5, 2, 9], [3, 11, 0, 0], [4, 0, 0, 0]]), jnp.array([4, 2, 1]))
 
 
+def jitted(model: LlamaEfficientIDSModel, method: Callable[..., object]) -> Callable[..., object]:
+    """`method(model, …)` compiled once: run op by op, the scan over layers would be compiled at every call."""
+    graphdef, state = nnx.split(model)
+    compiled = jax.jit(lambda s, *inputs: method(nnx.merge(graphdef, s), *inputs))
+    return lambda *inputs: compiled(state, *inputs)
+
+
 @pytest.mark.parametrize(("head", "tying"), VARIANTS)
 def test_loss_is_the_sum_over_prefixes_of_minus_log_prob(head: str, tying: str) -> None:
     model = make(head, tying)
-    expected, count = 0.0, 0
-    for row in ([1, 5, 2, 9], [3, 11], [4]):
-        for cut in range(1, len(row)):
-            prefix = items_only(jnp.array([row[:cut]]), jnp.array([cut]))
-            expected -= float(model.log_probs(model.last_hidden(prefix))[0, row[cut]])
-            count += 1
-    parts = model.loss(histories(), 4)
-    assert parts.item_loss == pytest.approx(expected, rel=1e-5)
-    assert parts.num_items == count
+    rows, cuts, targets = zip(
+        *((row, cut, row[cut]) for row in ([1, 5, 2, 9], [3, 11, 0, 0], [4, 0, 0, 0]) for cut in (1, 2, 3) if row[cut]),
+        strict=True,
+    )
+    prefixes = items_only(jnp.array(rows), jnp.array(cuts))
+    log_probs_BN = jitted(model, lambda m, s: m.log_probs(m.last_hidden(s)))(prefixes)
+    parts = jitted(model, lambda m, s: m.loss(s, 4))(histories())
+    expected = -log_probs_BN[np.arange(len(cuts)), np.array(targets)].sum()
+    assert float(parts.item_loss) == pytest.approx(float(expected), rel=1e-5)
+    assert parts.num_items == len(cuts) == 4
 
 
 @pytest.mark.parametrize(("head", "tying"), VARIANTS)
 def test_top_k_is_the_order_of_exact_probabilities(head: str, tying: str) -> None:
     model = make(head, tying)
-    hidden_BD = model.last_hidden(histories())
-    log_probs_BN = np.asarray(model.log_probs(hidden_BD))
+    hidden_BD = jitted(model, lambda m, s: m.last_hidden(s))(histories())
+    log_probs_BN, (scores_Bk, ids_Bk) = jitted(model, lambda m, h: (m.log_probs(h), m.top_k(h, ITEMS)))(hidden_BD)
+    log_probs_BN = np.asarray(log_probs_BN)
     np.testing.assert_allclose(np.exp(log_probs_BN).sum(axis=1), 1, atol=1e-6)
-    scores_Bk, ids_Bk = model.top_k(hidden_BD, ITEMS)
     order = np.argsort(-log_probs_BN, axis=1)[:, :ITEMS]
     np.testing.assert_array_equal(ids_Bk, order)
     np.testing.assert_allclose(scores_Bk, np.take_along_axis(log_probs_BN, order, axis=1), atol=1e-6)
@@ -60,7 +69,7 @@ def test_top_k_is_the_order_of_exact_probabilities(head: str, tying: str) -> Non
 def test_every_parameter_that_is_read_gets_a_gradient(head: str, tying: str) -> None:
     model = make(head, tying)
     graphdef, params, rest = nnx.split(model, nnx.Param, ...)
-    grads = jax.grad(lambda p: nnx.merge(graphdef, p, rest).loss(histories(), 4).item_loss)(params)
+    grads = jax.jit(jax.grad(lambda p: nnx.merge(graphdef, p, rest).loss(histories(), 4).item_loss))(params)
     zero = {
         "/".join(map(str, path)) for path, value in nnx.to_flat_state(grads) if not jnp.abs(value[...]).max() > 0
     }
@@ -69,7 +78,7 @@ def test_every_parameter_that_is_read_gets_a_gradient(head: str, tying: str) -> 
 
 def test_frozen_llama_passes_the_input_adapters_gradient() -> None:
     graphdef, adapter, rest = nnx.split(make(), nnx.PathContains("input_adapter"), ...)
-    grads = jax.grad(lambda p: nnx.merge(graphdef, p, rest).loss(histories(), 4).item_loss)(adapter)
+    grads = jax.jit(jax.grad(lambda p: nnx.merge(graphdef, p, rest).loss(histories(), 4).item_loss))(adapter)
     assert all(jnp.abs(g).max() > 0 for g in jax.tree.leaves(grads))
 
 
@@ -89,43 +98,42 @@ def test_no_label_leaks(head: str) -> None:
 
 
 @pytest.mark.parametrize("head", ["full", "two_level"])
-def test_text_loss_is_the_joint_softmax(head: str) -> None:
-    """Summed over words and items, or words and clusters × items, the joint probabilities are one."""
+def test_with_text_one_softmax_holds_words_and_items(head: str) -> None:
+    """After one prefix, the probabilities of every word and every item as the next position sum to one."""
     model = make(head)
-    titles_NK = jnp.full((ITEMS + 1, 2), -1).at[1].set(jnp.array([7, 8])).at[5].set(jnp.array([9, -1]))
-    item_total, word_total = 0.0, 0.0
-    for item in range(1, ITEMS + 1):
-        woven = weave(jnp.array([[1, item]]), jnp.array([2]), titles_NK.at[item].set(-1), 3, 6)
-        # BOS, 1, 7, 8, item: all but the last term is the same for every item.
-        with_item = model.loss(woven, 2, with_text=True).item_loss
-        first = model.loss(woven._replace(lengths=woven.lengths - 1), 2, with_text=True).item_loss
-        item_total += float(jnp.exp(-(with_item - first))) if item not in (1,) else 0.0
-    base = weave(jnp.array([[2]]), jnp.array([1]), titles_NK, 3, 6)
-    for word in range(LLAMA.vocab_size):
-        longer = base._replace(input_ids=base.input_ids.at[0, 2].set(word), lengths=base.lengths + 1)
-        word_total += float(jnp.exp(-model.loss(longer, 2, with_text=True).text_loss))
-    hidden = model.hidden(base)[0, 1]
-    words = model.llama.logits(hidden[None, None])[0, 0]
-    h = model._head_hidden(hidden[None])[0]
-    if head == "full":
-        others = (model._item_vectors() @ h + model.item_bias_N[...])[1:]
-    else:
-        others = model.cluster_vectors_CE[...] @ h + model.cluster_bias_C[...]
-    expected = jnp.exp(jax.nn.logsumexp(words) - jax.nn.logsumexp(jnp.concatenate([words, others])))
-    assert word_total == pytest.approx(float(expected), rel=1e-4)
-    assert 0 < item_total < 1
+    titles_NK = jnp.full((ITEMS + 1, 2), -1).at[1].set(jnp.array([7, 8]))
+    base = weave(jnp.array([[1]]), jnp.array([1]), titles_NK, 3, 6)
+    before = jitted(model, lambda m, s: m.loss(s, 2, with_text=True))(base)
+
+    def with_next(m: LlamaEfficientIDSModel, token: jax.Array, item: jax.Array) -> jax.Array:
+        place = (0, base.lengths[0])
+        longer = Woven(
+            base.input_ids.at[place].set(token),
+            base.item_ids.at[place].set(item),
+            base.item_mask.at[place].set(item > 0),
+            base.lengths + 1,
+        )
+        parts = m.loss(longer, 2, with_text=True)
+        return parts.item_loss + parts.text_loss
+
+    tokens = jnp.concatenate([jnp.arange(LLAMA.vocab_size), jnp.zeros(ITEMS, int)])
+    items = jnp.concatenate([jnp.zeros(LLAMA.vocab_size, int), jnp.arange(1, ITEMS + 1)])
+    losses = jitted(model, lambda m, t, i: jax.lax.map(lambda pair: with_next(m, *pair), (t, i)))(tokens, items)
+    probabilities = np.exp(-(np.asarray(losses, np.float64) - float(before.item_loss + before.text_loss)))
+    assert probabilities.sum() == pytest.approx(1, abs=1e-4)
+    assert probabilities.min() > 0
 
 
 def test_items_after_text_are_read_where_their_label_is_not_yet_seen() -> None:
     model = make()
     titles_NK = jnp.full((ITEMS + 1, 2), -1).at[1:].set(jnp.array([7, 8]))
     woven = weave(jnp.array([[1, 5, 2]]), jnp.array([3]), titles_NK, 3, 10)
-    expected = 0.0
-    for position in np.flatnonzero(woven.item_mask[0]):
-        prefix = Woven(*(x[:, :position] if x.ndim == 2 else x for x in woven[:3]), jnp.array([position]))
-        expected -= float(model.log_probs(model.last_hidden(prefix))[0, int(woven.item_ids[0, position])])
-    parts = model.loss(woven, 3)
-    assert parts.item_loss == pytest.approx(expected, rel=1e-5)
+    places = np.flatnonzero(woven.item_mask[0])
+    prefixes = Woven(*(jnp.repeat(x, len(places), axis=0) for x in woven[:3]), jnp.asarray(places))
+    log_probs_BN = jitted(model, lambda m, s: m.log_probs(m.last_hidden(s)))(prefixes)
+    parts = jitted(model, lambda m, s: m.loss(s, 3))(woven)
+    expected = -log_probs_BN[np.arange(3), woven.item_ids[0, places]].sum()
+    assert float(parts.item_loss) == pytest.approx(float(expected), rel=1e-5)
     assert parts.num_items == 3
 
 

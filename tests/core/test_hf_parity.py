@@ -191,7 +191,7 @@ def test_cache_equals_their_full_pass(make: Callable[[LlamaConfig], Pair], case:
     ids_BT = tokens(2, 9 + steps)
     llama = pair.llama()
     cache = llama.init_cache(2, 16)
-    x_BTD, cache = llama.extend(llama.embed(ids_BT[:, :9]), cache, jnp.asarray(lengths_B))
+    x_BTD, cache = llama.extend(llama.embed(jnp.asarray(ids_BT[:, :9])), cache, jnp.asarray(lengths_B))
     found = [llama.logits(x_BTD)[np.arange(2), lengths_B - 1]]
     step = jax.jit(lambda ids, cache: llama.extend(llama.embed(ids), cache))
     for i in range(steps):
@@ -200,6 +200,13 @@ def test_cache_equals_their_full_pass(make: Callable[[LlamaConfig], Pair], case:
     logits, _ = run_theirs(pair, ids_BT)
     for i, ours in enumerate(found):
         assert error(ours, logits[np.arange(2), lengths_B - 1 + i]) <= 1e-4, i
+
+
+def test_a_cache_past_the_limit_of_dynamic_ntk_is_refused(make: Callable[[LlamaConfig], Pair]) -> None:
+    llama = make(dataclasses.replace(BASE, **CASES["dynamic"])).llama()
+    assert llama.init_cache(1, 256).k_LBSKH.shape[2] == 256
+    with pytest.raises(ValueError, match=r"257 .*dynamic.* 256"):
+        llama.init_cache(1, 257)
 
 
 def test_stories260k(real_data: Path) -> None:

@@ -23,8 +23,9 @@ from core.softmax import Segment
 D, T, V = 6, 40, 9
 METHODS: tuple[Method, ...] = ("blocks", "padded", "ragged")
 EQUAL = np.arange(20) % 4
-UNEQUAL = np.array([0, 1, 1, 2, 2, 2, 2, 3, 1, 2, 2, 4, 4, 2, 2, 2, 3, 2, 2])
-"""Sizes 1, 3, 11, 2, 2: one cluster of one item, one of most."""
+UNEQUAL = np.array([3, 1, 1, 2, 2, 2, 2, 0, 1, 2, 2, 4, 4, 2, 2, 2, 0, 2, 2])
+"""Sizes 2, 3, 11, 1, 2: one cluster of most items, one of one. Cluster 0, which positions without an item point at
+inside, is not that one: a term wrongly added there would be 0 and go unseen."""
 
 # Compiled once a shape: operation by operation, JAX would compile each primitive on its own.
 loss_of = jax.jit(two_level.loss, static_argnames=("method", "chunk_elements"))
@@ -192,9 +193,9 @@ def test_a_cluster_an_item_is_the_softmax_over_clusters(method: Method) -> None:
 
 def test_a_cluster_of_one_costs_only_its_cluster() -> None:
     h_TD, params, clusters, _, _ = _case(UNEQUAL)
-    alone = 1  # the only item of cluster 0
+    alone = 1  # the only item of cluster 3
     first_TC = softmax.log_probs([Segment(h_TD, params.centroids_CD, params.centroid_bias_C)])
-    np.testing.assert_array_equal(log_probs_of(h_TD, params, clusters)[:, alone], first_TC[:, 0])
+    np.testing.assert_array_equal(log_probs_of(h_TD, params, clusters)[:, alone], first_TC[:, 3])
 
 
 @pytest.mark.parametrize("method", METHODS)

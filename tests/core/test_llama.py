@@ -26,8 +26,9 @@ def ids() -> jax.Array:
 
 def test_causal_by_gradient(model: Llama, ids: jax.Array) -> None:
     x_BTD = model.embed(ids)
+    gradient = jax.jit(jax.grad(lambda x, t: model.hidden(x)[:, t].sum()))
     for t in (0, 5, 10):
-        grad_BTD = jax.grad(lambda x, t=t: model.hidden(x)[:, t].sum())(x_BTD)
+        grad_BTD = gradient(x_BTD, t)
         assert not grad_BTD[:, t + 1 :].any()
         assert jnp.abs(grad_BTD[:, : t + 1]).sum(axis=(0, 2)).min() > 0
 
@@ -40,9 +41,9 @@ def test_padding_on_the_right_changes_nothing(model: Llama, ids: jax.Array) -> N
 def test_cache_steps_equal_full_pass(model: Llama, ids: jax.Array) -> None:
     full = model.hidden(model.embed(ids))
     x, cache = model.extend(model.embed(ids[:, :4]), model.init_cache(3, 12))
-    parts = [x]
+    parts, step = [x], jax.jit(model.extend)
     for t in range(4, 12):
-        x, cache = model.extend(model.embed(ids[:, t : t + 1]), cache)
+        x, cache = step(model.embed(ids[:, t : t + 1]), cache)
         parts.append(x)
     np.testing.assert_allclose(jnp.concatenate(parts, axis=1), full, atol=2e-5)
     assert cache.lengths_B.tolist() == [12, 12, 12]
@@ -52,9 +53,10 @@ def test_cache_of_rows_with_different_lengths(model: Llama, ids: jax.Array) -> N
     lengths_B = jnp.array([2, 5, 4])
     _, cache = model.extend(model.embed(ids[:, :5]), model.init_cache(3, 8), lengths_B)
     x, _ = model.extend(model.embed(ids[:, 5:7]), cache)
+    hidden = jax.jit(lambda row: model.hidden(model.embed(row[None]))[0])
     for row, length in enumerate(lengths_B.tolist()):
-        alone = jnp.concatenate([ids[row, :length], ids[row, 5:7]])[None]
-        np.testing.assert_allclose(x[row], model.hidden(model.embed(alone))[0, -2:], atol=2e-5)
+        alone = jnp.concatenate([ids[row, :length], ids[row, 5:7], jnp.zeros(5 - length, int)])
+        np.testing.assert_allclose(x[row], hidden(alone)[length : length + 2], atol=2e-5)
 
 
 def test_a_row_past_its_cache_is_nan_and_no_other(model: Llama, ids: jax.Array) -> None:
@@ -86,7 +88,7 @@ def test_remat_policies_change_no_gradient(ids: jax.Array) -> None:
         return jax.jit(jax.grad(lambda s: (nnx.merge(graphdef, s)(ids) ** 2).mean()))(state)
 
     plain = gradient("none")
-    for remat in REMAT_POLICIES:
+    for remat in REMAT_POLICIES.keys() - {"none"}:
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), plain, gradient(remat))
 
 

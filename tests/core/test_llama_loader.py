@@ -264,9 +264,12 @@ def test_nothing_there(tmp_path: Path) -> None:
 
 
 def test_arguments(tmp_path: Path) -> None:
-    for wrong in ({}, {"model_size": "1b", "path": tmp_path}, {"path": tmp_path, "revision": "main"}):
-        with pytest.raises(ValueError):
-            LlamaLoader(**wrong)
+    with pytest.raises(ValueError, match="one of them: got None and None"):
+        LlamaLoader()
+    with pytest.raises(ValueError, match="one of them: got '1b' and"):
+        LlamaLoader("1b", path=tmp_path)
+    with pytest.raises(ValueError, match="revision 'main'"):
+        LlamaLoader(path=tmp_path, revision="main")
     with pytest.raises(ValueError, match=r"tinyllama-1\.1b"):
         LlamaLoader("2b")
     with pytest.raises(WeightsNotFound, match="'tiny' has no published weights"):

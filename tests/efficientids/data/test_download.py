@@ -60,7 +60,7 @@ def test_another_file_is_refused(archive: Path, server: str, tmp_path: Path, cha
     raw = bytearray(archive.read_bytes())
     raw[40] ^= 1  # same size, another content; or longer than it should be
     archive.write_bytes(bytes(raw) + change)
-    with pytest.raises(UserError, match="not the expected file .* bytes, sha256"):
+    with pytest.raises(UserError, match=r"not the expected file .* bytes, sha256"):
         download("ml-tiny", tmp_path / "here", base_url=server, archives=table)
     assert not (tmp_path / "here").exists()
 

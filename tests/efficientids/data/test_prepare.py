@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 
 import polars as pl
 import pytest
@@ -14,7 +15,7 @@ from efficientids.errors import UserError
 Row = tuple[str, str, float, int]  # user, item, rating, timestamp
 
 
-def _log(rows: list[Row], titles: dict[str, str | None] | None = None) -> InteractionLog:
+def _log(rows: Sequence[Row], titles: dict[str, str | None] | None = None) -> InteractionLog:
     schema = {"user_id": pl.String, "item_id": pl.String, "rating": pl.Float64, "timestamp": pl.Int64}
     titles = titles or {}
     items = pl.DataFrame(
@@ -33,7 +34,7 @@ def _histories(log: InteractionLog, **options: object) -> dict[str, list[str]]:
     bounds = contents.offsets.tolist()
     return {
         user: [names[item] for item in contents.item_ids[start:end]]
-        for user, start, end in zip(contents.users["user_id"], bounds, bounds[1:], strict=True)
+        for user, start, end in zip(contents.users["user_id"], bounds[:-1], bounds[1:], strict=True)
     }
 
 

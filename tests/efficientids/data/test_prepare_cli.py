@@ -6,10 +6,9 @@ import json
 from pathlib import Path
 
 import pytest
-import tyro
 
 from efficientids.data import cli
-from efficientids.data.cli import PrepareConfig, prepare
+from efficientids.data.cli import main
 from efficientids.data.dataset import Dataset
 from efficientids.data.download import Archive
 from efficientids.data.process import has_oracle
@@ -28,7 +27,7 @@ def movielens(tmp_path: Path) -> Path:
 
 
 def _run(*flags: str) -> int:
-    return prepare(tyro.cli(PrepareConfig, args=flags, use_underscores=True))
+    return main(flags)
 
 
 def test_movielens_to_data_set(movielens: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
