@@ -91,7 +91,7 @@ class LlamaLoader:
             CheckpointCorrupt: a damaged file.
             CheckpointError: `.bin` weights without torch.
         """
-        folder = self._folder()
+        folder = self.folder()
         config = LlamaConfig.from_hf(folder)
         files = find_weight_files(folder)
         headers = _checked_headers(folder, files, config)
@@ -101,7 +101,7 @@ class LlamaLoader:
         model, abstract = abstract_model(config, Compute(dtype, remat), Init(param_dtype=param_dtype))
         return model, _fill(folder, files, config, abstract), config
 
-    def _folder(self) -> Path:
+    def folder(self) -> Path:
         """The folder of the weights, downloaded if need be."""
         if self.path is not None:
             if not Path(self.path).is_dir():

@@ -18,6 +18,7 @@ from core.config import LlamaConfig
 from core.llama import Compute, Init
 from core.llama_loader import LlamaLoader
 from core.models.efficientids import EfficientIDSConfig
+from core.weight_files import CheckpointError
 from efficientids.config import TrainConfig
 from efficientids.data.batches import steps_per_epoch, training_batches
 from efficientids.data.cooccurrence import cooccurrence_vectors
@@ -89,13 +90,30 @@ def start(system: EfficientIDS, config: TrainConfig) -> nnx.Module:
     key = jax.random.key(config.seed)
     if starts_at_random(config):
         return jax.jit(system.init)(key)
-    _, llama_params, _ = loader(config).load_model(param_dtype=llama_param_dtype(config))
-    return with_llama(system, key, llama_params)
+    folder = weights_folder(config)
+    differing = differing_fields(LlamaConfig.from_hf(folder), system.spec.model.llama)
+    if differing:
+        listed = "\n  ".join(differing)
+        raise UserError(f"{folder / 'config.json'} is not the shape of --llama_size {config.llama_size}:\n  {listed}")
+    return with_llama(system, key, load_llama(folder, llama_param_dtype(config)))
 
 
-def loader(config: TrainConfig) -> LlamaLoader:
-    """Where the pretrained Llama comes from: --weights, or the published weights of --llama_size."""
-    return LlamaLoader(path=config.weights) if config.weights else LlamaLoader(model_size=config.llama_size)
+def weights_folder(config: TrainConfig) -> Path:
+    """Where the pretrained Llama's files are: --weights, or the published ones of --llama_size (downloaded once)."""
+    loader = LlamaLoader(path=config.weights) if config.weights else LlamaLoader(model_size=config.llama_size)
+    try:
+        return loader.folder()
+    except CheckpointError as error:
+        raise UserError(str(error)) from error
+
+
+def load_llama(folder: Path, param_dtype: Any) -> nnx.State:
+    """The parameters of the Llama in `folder`; what is wrong with its files is a UserError."""
+    try:
+        _, params, _ = LlamaLoader(path=folder).load_model(param_dtype=param_dtype)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    return params
 
 
 def with_llama(system: EfficientIDS, key: jax.Array, llama_params: nnx.State) -> nnx.Module:
@@ -137,13 +155,15 @@ def _clusters(config: TrainConfig, dataset: Dataset) -> Clusters:
             given = clustering.load_clustering(config.clustering, size)
             return clustering.from_assignment(given, int(given.max()) + 1)
         except (ValueError, OSError) as error:
-            raise UserError(f"--clustering {config.clustering}: {error}") from error
+            raise UserError(f"--clustering: {error}") from error
     count = config.num_clusters
     assert count is not None
     if count > size:
         raise UserError(f"--num_clusters {count}: the catalogue has {size} items; give at most that many")
     items, offsets = training_histories(dataset)
-    vectors = cooccurrence_vectors(items, offsets, size, dim=min(64, size - 1), window=5, seed=config.seed)
+    vectors = cooccurrence_vectors(items, offsets, size, dim=64, window=10, seed=config.seed)
+    # By direction alone: popular items have long vectors, which would make a cluster of their own kind.
+    vectors /= np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
     assignment = clustering.kmeans(vectors, count, jax.random.key(config.seed), balanced=True)
     return clustering.from_assignment(np.asarray(assignment), count)
 

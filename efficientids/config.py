@@ -63,7 +63,7 @@ class LlamaOptions:
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """Of the computation, and of a frozen Llama's parameters; trained ones are float32. auto: bfloat16 on a GPU."""
     gradient_checkpointing: Literal["auto", "none", "dots", "full"] = "auto"
-    """What the backward pass recomputes. auto: full from a width of 1,024 on, dots (all but the matrix products) below."""
+    """What the backward pass recomputes; dots: all but matrix products. auto: full from a width of 1,024, else dots."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,7 +10,6 @@ import jax
 from flax import nnx
 
 from core.functional import FunctionalModel
-from core.llama_loader import LlamaLoader
 from core.platform import quiet_devices
 from core.weight_files import weights_checksum
 from efficientids import build, checkpoints
@@ -96,8 +95,7 @@ def _frozen(recorded: dict[str, str], dtype: Any) -> nnx.State:
         raise UserError(f"the run's frozen Llama came from {path}, which is gone; put its weight files back there")
     if weights_checksum(path) != recorded["sha256"]:
         raise UserError(f"the weight files in {path} changed since the run was trained; put the original ones back")
-    _, params, _ = LlamaLoader(path=path).load_model(param_dtype=dtype)
-    return nnx.State({"llama": params})
+    return nnx.State({"llama": build.load_llama(path, dtype)})
 
 
 def check_same_items(loaded: LoadedRun, dataset: Dataset) -> None:

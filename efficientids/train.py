@@ -87,7 +87,7 @@ def _start(
     model = build.start(system, config)
     if not config.freeze_llama or starts_at_random(config):
         return model, None
-    folder = build.loader(config).folder()
+    folder = build.weights_folder(config)
     return model, {"path": str(folder.resolve()), "sha256": weights_checksum(folder)}
 
 

@@ -71,7 +71,8 @@ def build_program(
     opt_states = tuple(make(group) for make, group in zip(init, groups, strict=True))
     zero: Any = jax.ShapeDtypeStruct((), jnp.int32) if abstract else jnp.zeros((), jnp.int32)
     step = _make_step(graphdef, phase, optimizers, accumulation, grad_clip)
-    compiled = jax.jit(step, donate_argnums=0 if donate else ())
+    # What the step does not read (an LM head without text) is on the device all the same, so it is an argument.
+    compiled = jax.jit(step, donate_argnums=0 if donate else (), keep_unused=True)
     return Program(graphdef, TrainState(zero, tuple(groups), opt_states), frozen, compiled)
 
 
@@ -104,7 +105,7 @@ def _make_step(
         grads, loss = gradient(state.params, frozen, batch, jax.random.fold_in(key, state.step), state.step)
         weight = jnp.maximum(loss.weight, 1e-9)
         grads = jax.tree.map(lambda g: g / weight.astype(g.dtype), grads)
-        norm = optax.global_norm(grads)
+        norm = optax.tree.norm(grads)
         if grad_clip:
             scale = jnp.minimum(1.0, grad_clip / jnp.maximum(norm, 1e-12))
             grads = jax.tree.map(lambda g: g * scale.astype(g.dtype), grads)

@@ -93,7 +93,7 @@ def test_remat_policies_change_no_gradient(ids: jax.Array) -> None:
 
 
 def test_unknown_remat_is_refused_with_the_choices() -> None:
-    with pytest.raises(ValueError, match="'some'.*full, dots, none"):
+    with pytest.raises(ValueError, match=r"'some'.*full, dots, none"):
         Compute(remat="some")
 
 

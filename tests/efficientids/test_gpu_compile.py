@@ -1,0 +1,43 @@
+"""The GPU program, compiled on the CPU."""
+
+import dataclasses
+import importlib.metadata
+
+import jax
+import pytest
+
+from efficientids.config import TrainConfig
+from efficientids.errors import UserError
+from efficientids.planning.gpu import DEVICES, compile_step
+from efficientids.planning.memory import abstract_program
+from efficientids.resolve import Scale, llama_config, resolve
+
+
+@pytest.fixture(scope="module", autouse=True)
+def plugin() -> None:
+    try:
+        found = importlib.metadata.version("jax-cuda12-plugin")
+    except importlib.metadata.PackageNotFoundError:
+        pytest.skip("no jax-cuda12-plugin: `make install` installs it on Linux x86-64")
+    assert found == jax.__version__
+
+
+def test_the_7b_training_step_compiles_for_an_rtx_5090() -> None:
+    asked = TrainConfig(llama_size="7b", freeze_llama=True, precision="bfloat16", batch_size=4, seq_len=512)
+    llama = llama_config(asked)
+    config = resolve(dataclasses.replace(asked, random_weights=True), llama, Scale())
+    program, phase = abstract_program(config, llama, Scale().num_items)
+    memory = compile_step(program, phase, "rtx5090")
+    base = 2 * 6_738_415_616
+    # The bf16 base is an argument and nothing else; what is trained (with its Adam state) is written in place.
+    assert base < memory.arguments < base + 2**29
+    assert memory.outputs < 2**29
+    assert memory.aliased > 0.9 * memory.outputs
+    assert base < memory.peak < DEVICES["rtx5090"].memory_bytes
+
+
+def test_an_unknown_device_is_refused_with_the_known_ones() -> None:
+    config = TrainConfig()
+    program, phase = abstract_program(resolve(config, llama_config(config), Scale()), llama_config(config), 20)
+    with pytest.raises(UserError, match="rtx5090"):
+        compile_step(program, phase, "rtx6000")
