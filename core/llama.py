@@ -33,10 +33,17 @@ REMAT_POLICIES: dict[str, Callable[..., bool] | None] = {
 
 @dataclasses.dataclass(frozen=True)
 class Compute:
-    """How to compute, as opposed to what: nothing here changes a parameter or, but for rounding, a result."""
+    """How to compute, as opposed to what: nothing here changes a parameter or, but for rounding, a result.
+
+    Attributes:
+        dtype: of activations and products.
+        remat: a name of `REMAT_POLICIES`.
+        chunk_elements: logits of a loss to hold at a time (`core.chunked.chunk_rows`); None: by the backend at hand.
+    """
 
     dtype: Any = jnp.float32
     remat: str = "none"
+    chunk_elements: int | None = None
 
     def __post_init__(self) -> None:
         if self.remat not in REMAT_POLICIES:

@@ -30,9 +30,9 @@ from efficientids.recommenders.efficientids import EfficientIDS, EfficientIDSSpe
 from efficientids.resolve import starts_at_random
 
 
-def compute(precision: str, remat: str = "none") -> Compute:
+def compute(precision: str, remat: str = "none", chunk_elements: int | None = None) -> Compute:
     """How the Llama computes under `--precision` (resolved) and `--gradient_checkpointing`."""
-    return Compute(jnp.bfloat16 if precision == "bfloat16" else jnp.float32, remat)
+    return Compute(jnp.bfloat16 if precision == "bfloat16" else jnp.float32, remat, chunk_elements)
 
 
 def llama_param_dtype(config: TrainConfig) -> Any:

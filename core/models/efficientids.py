@@ -208,11 +208,15 @@ class LlamaEfficientIDSModel(nnx.Module):
         text = softmax.Segment(x_TD, self.llama.output_table()) if with_text else None
         first_item = self.config.llama.vocab_size if text is not None and not words else 0
         targets_T = targets_T + first_item
+        chunk = self.llama.compute.chunk_elements
         if self.clusters is not None:
-            head = self._two_level(vectors_NS)
-            return hierarchical_softmax.loss(h_TS, head, self._clusters(), targets_T, weights_T, words=text)
+            head, clusters = self._two_level(vectors_NS), self._clusters()
+            return hierarchical_softmax.loss(
+                h_TS, head, clusters, targets_T, weights_T, words=text, chunk_elements=chunk
+            )
         items = softmax.item_segment(h_TS, vectors_NS, self.item_bias_N[...])
-        return softmax.cross_entropy([items] if text is None else [text, items], targets_T, weights_T)
+        segments = [items] if text is None else [text, items]
+        return softmax.cross_entropy(segments, targets_T, weights_T, chunk_elements=chunk)
 
     def _head_hidden(self, x_TD: Array) -> Array:
         return x_TD if self.output_adapter is None else self.output_adapter(x_TD)

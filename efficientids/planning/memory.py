@@ -15,6 +15,7 @@ import jax
 import numpy as np
 from flax import nnx
 
+from core.chunked import CHUNK_ELEMENTS
 from core.config import LlamaConfig
 from core.llama import Init
 from efficientids import build
@@ -80,7 +81,7 @@ def estimate(config: TrainConfig, llama: LlamaConfig, scale: Scale) -> Estimate:
 def abstract_program(config: TrainConfig, llama: LlamaConfig, num_items: int) -> tuple[Program, Phase]:
     """The training step of a resolved configuration over shapes alone: to count, to lower, to compile.
 
-    Clusters, where there are any, are taken to be balanced.
+    Clusters, where there are any, are taken to be balanced. The loss is cut into chunks of a GPU's size.
     """
     clusters = (0, 0)
     if config.head == "two_level":
@@ -88,7 +89,7 @@ def abstract_program(config: TrainConfig, llama: LlamaConfig, num_items: int) ->
         clusters = (config.num_clusters, math.ceil(num_items / config.num_clusters))
     system = EfficientIDS(
         build.spec(config, llama, num_items, clusters),
-        compute=build.compute(config.precision, config.gradient_checkpointing),
+        compute=build.compute(config.precision, config.gradient_checkpointing, CHUNK_ELEMENTS),
         init=Init(param_dtype=build.llama_param_dtype(config)),
         training=build.training(config, 1.0, _no_data),
     )

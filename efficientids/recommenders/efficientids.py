@@ -171,8 +171,12 @@ class EfficientIDS:
     ) -> tuple[jax.Array, jax.Array]:
         model = nnx.merge(graphdef, state)
         hidden_BD = model.last_hidden(self.sequence(model, ids, lengths))
-        scores_Bk, items_Bk = model.top_k(hidden_BD, k, exclude)
+        scores_Bk, items_Bk = self.rank(model, hidden_BD, exclude, k)
         return items_Bk, scores_Bk
+
+    def rank(self, model: TitledModel, hidden_BD: jax.Array, exclude_BX: jax.Array, k: int) -> tuple[Any, Any]:
+        """(scores [B, k], items [B, k]) for hidden states: the exact order; ablations put another in its place."""
+        return model.top_k(hidden_BD, k, exclude_BX)
 
     def _loss(self, model: TitledModel, batch: Batch, key: jax.Array, step: jax.Array) -> LossSum:
         sequence = self.sequence(model, batch["item_ids"], batch["lengths"])

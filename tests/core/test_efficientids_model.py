@@ -70,9 +70,7 @@ def test_every_parameter_that_is_read_gets_a_gradient(head: str, tying: str) -> 
     model = make(head, tying)
     graphdef, params, rest = nnx.split(model, nnx.Param, ...)
     grads = jax.jit(jax.grad(lambda p: nnx.merge(graphdef, p, rest).loss(histories(), 4).item_loss))(params)
-    zero = {
-        "/".join(map(str, path)) for path, value in nnx.to_flat_state(grads) if not jnp.abs(value[...]).max() > 0
-    }
+    zero = {"/".join(map(str, path)) for path, value in nnx.to_flat_state(grads) if not jnp.abs(value[...]).max() > 0}
     assert zero == {"llama/embed_VD"}  # no text in these sequences
 
 
