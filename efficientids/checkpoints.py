@@ -28,6 +28,8 @@ def _validation(metrics: dict[str, Any] | None) -> float:
 
 
 def _manager(folder: Path, read_only: bool) -> ocp.CheckpointManager:
+    # Orbax narrates every save at INFO, and warns that a read-only manager is read-only.
+    logging.getLogger("absl").setLevel(logging.ERROR if read_only else logging.WARNING)
     # `max_to_keep=3` with `best_fn` would keep the three best and delete the latest: hence the policies.
     keep = policies.AnyPreservationPolicy(
         [
@@ -43,8 +45,6 @@ def _manager(folder: Path, read_only: bool) -> ocp.CheckpointManager:
         "optimizer": ocp.PyTreeCheckpointHandler(),
         "info": ocp.JsonCheckpointHandler(),
     }
-    # Orbax narrates every save at INFO, and warns that a read-only manager is read-only.
-    logging.getLogger("absl").setLevel(logging.ERROR if read_only else logging.WARNING)
     return ocp.CheckpointManager(folder.resolve(), options=options, item_handlers=handlers)
 
 

@@ -81,7 +81,7 @@ class TrainingOptions:
     gradient_accumulation: int = 1
     """Batches an optimiser step."""
     learning_rate: float | None = None
-    """Peak learning rate. Default: 1e-3 for a random Llama, 5e-4 for a frozen one, 5e-5 for fine-tuning."""
+    """Peak learning rate. Default: 1e-3 from scratch, 5e-4 with a frozen pretrained Llama, 5e-5 for fine-tuning."""
     warmup_steps: int | None = None
     """Default: 100 frozen, 500 trainable; at most a tenth of the steps."""
     weight_decay: float = 0.01

@@ -55,6 +55,7 @@ class Scale:
 
 def resolve(config: TrainConfig, llama: LlamaConfig, scale: Scale) -> TrainConfig:
     """The configuration with every `None` and `auto` that has a default replaced by it."""
+    _check_lengths(config, llama)
     random = starts_at_random(config)
     small = llama.hidden_size < REMAT_FROM_WIDTH
     on_gpu = jax.default_backend() == "gpu"
@@ -70,7 +71,8 @@ def resolve(config: TrainConfig, llama: LlamaConfig, scale: Scale) -> TrainConfi
     clusters = config.num_clusters
     if head == "two_level" and clusters is None and config.clustering is None:
         clusters = default_num_clusters(scale.num_items)
-    rate = 1e-3 if random else 5e-4 if config.freeze_llama else 5e-5
+    from_scratch = random and config.load_checkpoint is None
+    rate = 1e-3 if from_scratch else 5e-4 if config.freeze_llama else 5e-5
     warmup = config.warmup_steps
     if warmup is None:
         warmup = min(100 if config.freeze_llama else 500, num_steps // 10)
@@ -102,3 +104,14 @@ def _tokenizer(config: TrainConfig) -> Path | None:
     if config.weights is None:
         raise UserError("--item_text title needs a tokenizer: give --tokenizer FILE, or --weights with one beside them")
     return config.weights / "tokenizer.json"
+
+
+def _check_lengths(config: TrainConfig, llama: LlamaConfig) -> None:
+    limit = llama.max_position_embeddings
+    if config.seq_len > limit and (llama.rope_scaling is None or llama.rope_scaling.kind != "dynamic"):
+        raise UserError(f"--seq_len {config.seq_len}: the Llama has max_position_embeddings {limit}; give at most that")
+    if config.max_seq_len is not None and config.max_seq_len > config.seq_len:
+        raise UserError(
+            f"--max_seq_len {config.max_seq_len}: an item takes a position, and --seq_len is {config.seq_len}; "
+            "raise --seq_len, or leave --max_seq_len out"
+        )

@@ -84,10 +84,13 @@ def _start(
         model, earlier = loading.adopt(config.load_checkpoint, system, config, dataset)
         log.say(f"parameters of {earlier.run.path} at step {earlier.step}; optimiser and step count start anew")
         return model, earlier.description["frozen_weights"] if config.freeze_llama else None
-    model = build.start(system, config)
-    if not config.freeze_llama or starts_at_random(config):
-        return model, None
+    if starts_at_random(config):
+        return build.start(system, config), None
     folder = build.weights_folder(config)
+    log.say(f"loading {folder}")
+    model = build.start(system, config)
+    if not config.freeze_llama:
+        return model, None
     return model, {"path": str(folder.resolve()), "sha256": weights_checksum(folder)}
 
 

@@ -37,7 +37,7 @@ class Program(NamedTuple):
     graphdef: nnx.GraphDef[Any]
     state: TrainState
     frozen: nnx.State
-    step: Callable[[TrainState, nnx.State, Batch, jax.Array], tuple[TrainState, dict[str, jax.Array]]]
+    step: jax.stages.Wrapped
 
     def model(self, state: TrainState) -> nnx.Module:
         """The model with the parameters of `state`."""
