@@ -9,13 +9,14 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-import jax
-
-import core  # noqa: F401  # before jax: see core.platform
+from core.platform import quiet_devices  # before jax: importing core keeps the CUDA plugin quiet
 
 
 def header() -> str:
     """One block of text that says where the numbers below it were measured."""
+    import jax
+
+    quiet_devices()
     model = "unknown processor"
     if sys.platform == "linux":
         with open("/proc/cpuinfo") as file:
@@ -30,6 +31,8 @@ def header() -> str:
 
 def seconds(call: Callable[[], Any], repeats: int = 5) -> float:
     """The median wall-clock seconds of `call` (its result is waited for), after one call that compiles."""
+    import jax
+
     jax.block_until_ready(call())
     times = []
     for _ in range(repeats):

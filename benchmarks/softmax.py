@@ -6,7 +6,9 @@
 from __future__ import annotations
 
 import argparse
+import json
 import math
+from pathlib import Path
 
 from machine import header, seconds  # isort: skip  # sets jax up
 
@@ -22,6 +24,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--positions", type=int, default=4096)
     parser.add_argument("--width", type=int, default=64)
+    parser.add_argument("--json", help="also write the rows to this file")
     parser.add_argument("--items", type=int, nargs="+", default=[1_000, 3_416, 10_000, 30_000, 100_000])
     options = parser.parse_args()
     print(header())
@@ -29,12 +32,21 @@ def main() -> None:
     print(
         f"{'items':>9}{'clusters':>10}{'products':>10}{'full':>10}{'two-level':>11}{'full/two-level':>16}{'full/products':>15}"
     )
+    rows = []
     for items in options.items:
-        print(row(options.positions, options.width, items), flush=True)
+        rows.append(row(options.positions, options.width, items))
+        limit, full, two = (rows[-1][name] for name in ("products_s", "full_s", "two_level_s"))
+        print(
+            f"{items:>9,}{rows[-1]['clusters']:>10}{limit:>10.4f}{full:>10.4f}{two:>11.4f}{full / two:>16.1f}"
+            f"{full / limit:>15.2f}",
+            flush=True,
+        )
+    if options.json:
+        Path(options.json).write_text(json.dumps({"machine": header(), "rows": rows}, indent=2))
 
 
-def row(positions: int, width: int, items: int) -> str:
-    """One line of the table; `products` are the full softmax's three bare matrix products, its limit."""
+def row(positions: int, width: int, items: int) -> dict[str, float]:
+    """Seconds for one catalogue size; `products` are the full softmax's three bare matrix products, its limit."""
     keys = jax.random.split(jax.random.key(0), 5)
     count = math.ceil(math.sqrt(items))
     clusters = from_assignment(np.arange(items) % count, count)
@@ -59,9 +71,13 @@ def row(positions: int, width: int, items: int) -> str:
     full_step = jax.jit(jax.value_and_grad(full, argnums=(0, 1, 2)))
     two_step = jax.jit(jax.value_and_grad(two_level, argnums=(0, 1)))
     bare = jax.jit(products)
-    limit = seconds(lambda: bare(h_TD, table_ND))
-    one, two = seconds(lambda: full_step(h_TD, table_ND, bias_N)), seconds(lambda: two_step(h_TD, params))
-    return f"{items:>9,}{count:>10}{limit:>10.4f}{one:>10.4f}{two:>11.4f}{one / two:>16.1f}{one / limit:>15.2f}"
+    return {
+        "items": items,
+        "clusters": count,
+        "products_s": seconds(lambda: bare(h_TD, table_ND)),
+        "full_s": seconds(lambda: full_step(h_TD, table_ND, bias_N)),
+        "two_level_s": seconds(lambda: two_step(h_TD, params)),
+    }
 
 
 if __name__ == "__main__":

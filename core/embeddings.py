@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
-from core.llama import Init, Linear
+from core.layers import Init, Linear
 
 
 class ItemVectors(nnx.Module):

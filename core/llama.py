@@ -10,7 +10,6 @@ L layers, S slots of the cache.
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -21,6 +20,7 @@ from jax import Array
 
 from core.attention import cached_attention, causal_attention
 from core.config import LlamaConfig
+from core.layers import Dropout, Init, Linear, RMSNorm
 from core.rope import rotate, rotation
 
 # What the backward pass may keep of a layer's forward pass: nothing, the matrix products, or all.
@@ -60,47 +60,6 @@ class KVCache(NamedTuple):
     k_LBSKH: Array
     v_LBSKH: Array
     lengths_B: Array
-
-
-class Linear(nnx.Module):
-    """y = x W (+ b), contracting x's last axes with W's first; `shape` is in-axes then out-axes."""
-
-    def __init__(self, key: Array, inputs: tuple[int, ...], outputs: tuple[int, ...], bias: bool, init: Init) -> None:
-        self.contract = len(inputs)
-        self.weight = nnx.Param(init.normal(key, (*inputs, *outputs)))
-        self.bias = nnx.Param(jnp.zeros(outputs, init.param_dtype)) if bias else None
-
-    def __call__(self, x: Array) -> Array:
-        # As one plain matrix product: on a CPU the same contraction over many axes takes twice as long backwards.
-        weight = self.weight[...].astype(x.dtype)
-        rows, outputs = x.shape[: x.ndim - self.contract], weight.shape[self.contract :]
-        inputs = math.prod(weight.shape[: self.contract])
-        y = (x.reshape(-1, inputs) @ weight.reshape(inputs, -1)).reshape(*rows, *outputs)
-        return y if self.bias is None else y + self.bias[...].astype(x.dtype)
-
-
-@dataclasses.dataclass(frozen=True)
-class Init:
-    """How parameters start: normal(0, std), biases zero, norms one."""
-
-    std: float = 0.02
-    param_dtype: Any = jnp.float32
-
-    def normal(self, key: Array, shape: tuple[int, ...]) -> Array:
-        return (self.std * jax.random.normal(key, shape)).astype(self.param_dtype)
-
-
-class RMSNorm(nnx.Module):
-    """x / √(mean x² + eps) · scale (arXiv 1910.07467); the mean in float32."""
-
-    def __init__(self, size: int, eps: float, init: Init) -> None:
-        self.eps = eps
-        self.scale = nnx.Param(jnp.ones((size,), init.param_dtype))
-
-    def __call__(self, x: Array) -> Array:
-        wide = x.astype(jnp.float32)
-        normed = wide * jax.lax.rsqrt(jnp.mean(wide**2, axis=-1, keepdims=True) + self.eps)
-        return normed.astype(x.dtype) * self.scale[...].astype(x.dtype)
 
 
 class Attention(nnx.Module):
@@ -273,16 +232,3 @@ class Positions(NamedTuple):
         if cache is not None:
             place, length = cache.lengths_B[:, None] + place, cache.k_LBSKH.shape[2]
         return Positions(place, *rotation(config, place, length))
-
-
-class Dropout(NamedTuple):
-    """Zeroes each value with probability `rate` and scales the rest by 1 / (1 − rate); no key, no dropout."""
-
-    rate: float
-    key: Array | None
-
-    def __call__(self, x: Array, site: int) -> Array:
-        if self.key is None or self.rate == 0:
-            return x
-        keep = jax.random.bernoulli(jax.random.fold_in(self.key, site), 1 - self.rate, x.shape)
-        return jnp.where(keep, x / (1 - self.rate), 0).astype(x.dtype)

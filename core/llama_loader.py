@@ -21,7 +21,8 @@ from jax import Array
 from core.config import LLAMA_SIZES, LlamaConfig
 from core.functional import FunctionalModel
 from core.hf_names import EMBEDDING, HEAD, IGNORED, STACK, Layout, Place, places
-from core.llama import Compute, Init, Llama
+from core.layers import Init
+from core.llama import Compute, Llama
 from core.weight_files import (
     DTYPES,
     CheckpointError,

@@ -15,7 +15,8 @@ from flax import nnx
 from core import clustering
 from core.clustering import Clusters
 from core.config import LlamaConfig
-from core.llama import Compute, Init
+from core.layers import Init
+from core.llama import Compute
 from core.llama_loader import LlamaLoader
 from core.models.efficientids import EfficientIDSConfig
 from core.weight_files import CheckpointError
@@ -45,6 +46,8 @@ def recommender(config: TrainConfig, llama: LlamaConfig, dataset: Dataset) -> Ef
     titles, bos = None, 0
     if config.item_text == "title":
         assert config.tokenizer is not None
+        if "title" not in dataset.items.columns:
+            raise UserError(f"--item_text title: the items of {dataset.path} have no titles; leave the flag out")
         texts = dataset.items["title"].to_list()
         titles, bos = title_table(texts, config.tokenizer, config.title_tokens, llama.vocab_size)
     clusters = None if config.head == "full" else _clusters(config, dataset)
@@ -151,11 +154,7 @@ def _training(config: TrainConfig, dataset: Dataset) -> Training:
 def _clusters(config: TrainConfig, dataset: Dataset) -> Clusters:
     size = dataset.catalogue_size
     if config.clustering is not None:
-        try:
-            given = clustering.load_clustering(config.clustering, size)
-            return clustering.from_assignment(given, int(given.max()) + 1)
-        except (ValueError, OSError) as error:
-            raise UserError(f"--clustering: {error}") from error
+        return given_clusters(config.clustering, size)
     count = config.num_clusters
     assert count is not None
     if count > size:
@@ -166,6 +165,19 @@ def _clusters(config: TrainConfig, dataset: Dataset) -> Clusters:
     vectors /= np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
     assignment = clustering.kmeans(vectors, count, jax.random.key(config.seed), balanced=True)
     return clustering.from_assignment(np.asarray(assignment), count)
+
+
+def given_clusters(file: Path, num_items: int) -> Clusters:
+    """The clusters of `--clustering FILE`.
+
+    Raises:
+        UserError: no such file, or not one cluster id for each of `num_items` items, without a gap.
+    """
+    try:
+        given = clustering.load_clustering(file, num_items)
+        return clustering.from_assignment(given, int(given.max()) + 1)
+    except (ValueError, OSError) as error:
+        raise UserError(f"--clustering: {error}") from error
 
 
 def training_histories(dataset: Dataset) -> tuple[np.ndarray, np.ndarray]:

@@ -7,10 +7,13 @@ run's config.yaml.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import difflib
+import io
 import json
-from collections.abc import Sequence
+import typing
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -73,7 +76,7 @@ class TrainingOptions:
     num_steps: int | None = None
     """Optimiser steps. Exclusive with --epochs."""
     epochs: float | None = None
-    """Passes over the users. Default: 20, with no --num_steps."""
+    """Passes over the users. Default: 10, with no --num_steps."""
     batch_size: int | None = None
     """Users in flight at a time, on all devices together. Default: 64 for tiny, else 8."""
     batch_size_per_device: int | None = None
@@ -181,6 +184,7 @@ def check(config: TrainConfig) -> None:
          "--head full has no clusters; leave --clustering and --num_clusters out, or use --head two_level"),
         (config.item_text == "none" and (bool(config.text_loss_weight) or config.tokenizer is not None),
          "--text_loss_weight and --tokenizer need --item_text title"),
+        (config.max_seq_len == 1, "--max_seq_len 1: at least 2, one item to read and one to predict"),
         (config.json and not config.estimate_memory_only,
          "--json goes with --estimate_memory_only; a run's metrics stand in its metrics.jsonl"),
     )  # fmt: skip
@@ -211,19 +215,48 @@ def _file_arguments(path: Path) -> list[str]:
 
 def _mapping_arguments(values: dict[str, Any], source: Path) -> list[str]:
     fields = {field.name: field for field in dataclasses.fields(TrainConfig)}
-    arguments: list[str] = []
+    arguments: dict[str, list[str]] = {}
     for name, value in values.items():
         if name not in fields:
             near = difflib.get_close_matches(str(name), fields, n=1)
             hint = f"; did you mean {near[0]}?" if near else f"; known keys: {', '.join(fields)}"
             raise UserError(f"{source}: unknown key {name!r}{hint}")
-        default = fields[name].default
-        if isinstance(default, bool):
+        if isinstance(fields[name].default, bool):
             if not isinstance(value, bool):
                 raise UserError(f"{source}: {name}: expected true or false, found {value!r}")
-            arguments.append(f"--{name}" if value else f"--no_{name}")
+            arguments[name] = [f"--{name}" if value else f"--no_{name}"]
         elif isinstance(value, (dict, list)):
             raise UserError(f"{source}: {name}: expected one value, found {json.dumps(value, default=str)}")
         else:
-            arguments += [f"--{name}", str(value)]
-    return arguments
+            arguments[name] = [f"--{name}", str(value)]
+    _refuse_ill_typed(arguments, values, source)
+    return [word for words in arguments.values() for word in words]
+
+
+def _refuse_ill_typed(arguments: Mapping[str, list[str]], values: Mapping[str, Any], source: Path) -> None:
+    # Parsed apart from the flags: tyro's own error would blame a flag that nobody gave.
+    if _parses([word for words in arguments.values() for word in words]):
+        return
+    for name, words in arguments.items():
+        if not _parses(words):
+            raise UserError(f"{source}: {name}: expected {_expected(name)}, found {values[name]!r}")
+    raise AssertionError(f"{source}: each value parses alone, but not all together")
+
+
+def _parses(arguments: list[str]) -> bool:
+    unheard = io.StringIO()
+    try:
+        with contextlib.redirect_stdout(unheard), contextlib.redirect_stderr(unheard):
+            tyro.cli(TrainConfig, args=arguments, use_underscores=True)
+    except SystemExit:
+        return False
+    return True
+
+
+def _expected(name: str) -> str:
+    """A field's type in words."""
+    hint = typing.get_type_hints(TrainConfig)[name]
+    if typing.get_origin(hint) is Literal:
+        return "one of " + ", ".join(typing.get_args(hint))
+    words = {int: "a whole number", float: "a number", Path: "a path", str: "text", type(None): "null"}
+    return " or ".join(words[kind] for kind in typing.get_args(hint) or (hint,))

@@ -11,7 +11,7 @@ from flax import nnx
 
 from core.functional import FunctionalModel
 from core.platform import quiet_devices
-from core.weight_files import weights_checksum
+from core.weight_files import CheckpointError, weights_checksum
 from efficientids import build, checkpoints
 from efficientids.config import TrainConfig, from_mapping
 from efficientids.data.dataset import Dataset
@@ -72,14 +72,10 @@ def open_run(path: str | Path, step: int | None = None, llama_dtype: Any = None)
     run, named = locate(str(path))
     step = run.choose_step(named if step is None else step)
     config = from_mapping(run.read_config(), run.path / "config.yaml")
-    described = run.read_model()
-    try:
-        spec = EfficientIDSSpec.from_json(described["spec"])
-        frozen, precision = described["frozen_weights"], described["precision"]
-    except (KeyError, TypeError) as error:
-        raise UserError(f"{run.path / 'model.json'}: damaged, or written by another version ({error!r})") from error
+    spec, described = _description(run)
+    frozen = described["frozen_weights"]
     dtype = llama_dtype or build.llama_param_dtype(config)
-    system, graphdef, state = build.abstract(spec, precision, dtype)
+    system, graphdef, state = build.abstract(spec, described["precision"], dtype)
     if frozen is None:
         params = checkpoints.restore(run.checkpoints, step, state)
     else:
@@ -88,12 +84,31 @@ def open_run(path: str | Path, step: int | None = None, llama_dtype: Any = None)
     return LoadedRun(run, step, config, system, graphdef, params, described)
 
 
+def _description(run: RunFolder) -> tuple[EfficientIDSSpec, dict[str, Any]]:
+    """The content of `model.json`, with everything that is read from it later known to be there."""
+    described = run.read_model()
+    try:
+        spec = EfficientIDSSpec.from_json(described["spec"])
+        texts = [described["precision"], *(described["dataset"][name] for name in ("path", "items_sha256"))]
+        if described["frozen_weights"] is not None:
+            texts += [described["frozen_weights"][name] for name in ("path", "sha256")]
+        if not all(isinstance(text, str) for text in texts):
+            raise TypeError(f"expected texts, found {texts}")
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{run.path / 'model.json'}: damaged, or written by another version ({error!r})") from error
+    return spec, described
+
+
 def _frozen(recorded: dict[str, str], dtype: Any) -> nnx.State:
     """The frozen Llama's parameters from its weight file, whose checksum must be the recorded one."""
     path = Path(recorded["path"])
     if not path.is_dir():
         raise UserError(f"the run's frozen Llama came from {path}, which is gone; put its weight files back there")
-    if weights_checksum(path) != recorded["sha256"]:
+    try:
+        found = weights_checksum(path)
+    except CheckpointError as error:
+        raise UserError(f"the run's frozen Llama came from {path}: {error}; put its weight files back there") from error
+    if found != recorded["sha256"]:
         raise UserError(f"the weight files in {path} changed since the run was trained; put the original ones back")
     return nnx.State({"llama": build.load_llama(path, dtype)})
 

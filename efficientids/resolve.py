@@ -19,7 +19,7 @@ from efficientids.errors import UserError
 TWO_LEVEL_FROM = 100_000
 # From this width on a layer's activations cost more memory than its recomputation costs time.
 REMAT_FROM_WIDTH = 1024
-DEFAULT_EPOCHS = 20.0
+DEFAULT_EPOCHS = 10.0
 
 
 def llama_config(config: TrainConfig) -> LlamaConfig:

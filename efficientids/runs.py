@@ -56,7 +56,10 @@ class RunFolder:
             )
         if path.exists() and not path.is_dir():
             raise UserError(f"--checkpoint_dir {path} is a file; give a folder")
-        path.mkdir(parents=True, exist_ok=True)
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"--checkpoint_dir {path} cannot be made: {error}; give another folder") from error
         return RunFolder(path)
 
     @staticmethod

@@ -22,7 +22,8 @@ from core.clustering import Clusters
 from core.config import LlamaConfig
 from core.embeddings import InputAdapter, ItemVectors, Woven, fan_in
 from core.functional import Buffer
-from core.llama import Compute, Dropout, Init, Linear, Llama
+from core.layers import Dropout, Init, Linear
+from core.llama import Compute, Llama
 
 
 @dataclasses.dataclass(frozen=True)

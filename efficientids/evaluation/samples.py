@@ -29,7 +29,8 @@ def sample_recommendations(
         for row, user in enumerate(batch.users):
             history = batch.item_ids[row, : batch.lengths[row]][-4:]
             lines.append(f"user {dataset.users['user_id'][int(user)]} watched … " + " · ".join(map(name, history)))
-            for place, item in enumerate(ranked.item_ids[row], start=1):
+            left = ranked.item_ids[row][ranked.item_ids[row] > 0]
+            for place, item in enumerate(left, start=1):
                 chose = "  ← chosen next" if item == batch.targets[row] else ""
                 lines.append(f"    {place}. {name(int(item))}{chose}")
     return "\n".join(lines)

@@ -17,7 +17,7 @@ from flax import nnx
 
 from core.chunked import CHUNK_ELEMENTS
 from core.config import LlamaConfig
-from core.llama import Init
+from core.layers import Init
 from efficientids import build
 from efficientids.config import TrainConfig
 from efficientids.recommenders.base import Batch, Phase, in_llama
@@ -81,14 +81,11 @@ def estimate(config: TrainConfig, llama: LlamaConfig, scale: Scale) -> Estimate:
 def abstract_program(config: TrainConfig, llama: LlamaConfig, num_items: int) -> tuple[Program, Phase]:
     """The training step of a resolved configuration over shapes alone: to count, to lower, to compile.
 
-    Clusters, where there are any, are taken to be balanced. The loss is cut into chunks of a GPU's size.
+    Clusters, where there are any, are those of --clustering, or taken to be balanced. The loss is cut into
+    chunks of a GPU's size.
     """
-    clusters = (0, 0)
-    if config.head == "two_level":
-        assert config.num_clusters is not None
-        clusters = (config.num_clusters, math.ceil(num_items / config.num_clusters))
     system = EfficientIDS(
-        build.spec(config, llama, num_items, clusters),
+        build.spec(config, llama, num_items, _cluster_shape(config, num_items)),
         compute=build.compute(config.precision, config.gradient_checkpointing, CHUNK_ELEMENTS),
         init=Init(param_dtype=build.llama_param_dtype(config)),
         training=build.training(config, 1.0, _no_data),
@@ -96,6 +93,17 @@ def abstract_program(config: TrainConfig, llama: LlamaConfig, num_items: int) ->
     phase = system.plan()[0]
     model = nnx.eval_shape(system.init, jax.random.key(0))
     return build_program(model, phase, accumulation=config.gradient_accumulation, grad_clip=config.grad_clip), phase
+
+
+def _cluster_shape(config: TrainConfig, num_items: int) -> tuple[int, int]:
+    """Clusters, and members of the largest; (0, 0) for none."""
+    if config.head == "full":
+        return 0, 0
+    if config.clustering is not None:
+        num_clusters, slots = build.given_clusters(config.clustering, num_items).members_CM.shape
+        return num_clusters, slots
+    assert config.num_clusters is not None
+    return config.num_clusters, math.ceil(num_items / config.num_clusters)
 
 
 def _no_data(seed: int, start_step: int) -> Iterator[Batch]:

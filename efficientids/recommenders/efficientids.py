@@ -19,7 +19,8 @@ from core.clustering import Clusters
 from core.config import LlamaConfig, RopeScaling
 from core.embeddings import Woven, items_only, weave
 from core.functional import Buffer
-from core.llama import Compute, Init
+from core.layers import Init
+from core.llama import Compute
 from core.models.efficientids import EfficientIDSConfig, LlamaEfficientIDSModel
 from efficientids.recommenders.base import Batch, Histories, LossSum, OptimizerConfig, Phase, Ranked, in_llama
 

@@ -13,7 +13,8 @@ import pytest
 from flax import nnx
 
 from core.config import LLAMA_SIZES, TINY, ConfigError, LlamaConfig, RopeScaling
-from core.llama import Compute, Init
+from core.layers import Init
+from core.llama import Compute
 from core.llama_loader import abstract_model
 
 PLAIN: dict[str, Any] = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_size": 4096}

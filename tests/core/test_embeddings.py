@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from core.embeddings import ItemVectors, items_only, weave
-from core.llama import Init
+from core.layers import Init
 
 BOS = 9
 # Title of item 1: two tokens; of item 2: none; of item 3: three.

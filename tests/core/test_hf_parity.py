@@ -17,7 +17,8 @@ from flax import nnx
 from core.config import LLAMA_SIZES, LlamaConfig, RopeScaling
 from core.functional import FunctionalModel
 from core.hf_names import places
-from core.llama import Compute, Init, Llama
+from core.layers import Init
+from core.llama import Compute, Llama
 from core.llama_loader import LlamaLoader, abstract_model
 from core.rope import inverse_frequencies
 

@@ -9,7 +9,8 @@ import pytest
 from flax import nnx
 
 from core.config import TINY, RopeScaling
-from core.llama import REMAT_POLICIES, Compute, Init, Llama
+from core.layers import Init
+from core.llama import REMAT_POLICIES, Compute, Llama
 
 SMALL = dataclasses.replace(TINY, vocab_size=50, hidden_size=32, intermediate_size=48, num_heads=4, head_dim=8)
 

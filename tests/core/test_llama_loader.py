@@ -20,7 +20,8 @@ from safetensors.numpy import load_file, save_file
 from core import llama_loader
 from core.config import LLAMA_SIZES, TINY, ConfigError, LlamaConfig
 from core.hf_names import EMBEDDING, HEAD, TABLE, Layout, Row, places
-from core.llama import Compute, Init
+from core.layers import Init
+from core.llama import Compute
 from core.llama_loader import CheckpointMismatch, LlamaLoader, abstract_model, random_model
 from core.weight_files import CheckpointCorrupt, CheckpointError, WeightsNotFound, weights_checksum
 from tests.core.checkpoints import SMALL, assert_same, leaves, tensors_of, write
