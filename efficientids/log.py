@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -47,11 +48,14 @@ class RunLog:
         shown = "  ".join(f"{name} {value:.4g}" for name, value in means.items())
         line = f"{phase} {step}/{num_steps}  epoch {epoch:.1f}  {shown}  {rate:,.0f} items/s  ETA {duration(eta)}"
         self._show(line)
-        self.restart_clock()
-
-    def restart_clock(self) -> None:
-        """Forgets the sums and starts timing anew: after an evaluation or a save, whose time is not the step's."""
         self._sums, self._targets, self._steps, self._since = {}, 0.0, 0, time.perf_counter()
+
+    @contextmanager
+    def untimed(self) -> Iterator[None]:
+        """Around an evaluation or a save, whose time is not the steps'."""
+        began = time.perf_counter()
+        yield
+        self._since += time.perf_counter() - began
 
     def record(self, row: dict[str, Any]) -> None:
         """Appends a row to `metrics.jsonl`."""

@@ -49,7 +49,7 @@ def evaluate(
     ranks: list[np.ndarray] = []
     shown = {cutoff: np.zeros(dataset.catalogue_size + 1, bool) for cutoff in cutoffs}
     masked_targets, done = 0, 0
-    total = int((dataset.split_lengths(split) > 0).sum())
+    total = int((dataset.targets(split) > 0).sum())
     for batch in evaluation_batches(dataset, split, batch_size, max_items):
         real = batch.targets > 0
         exclude = batch.seen if seen == "mask" else None

@@ -104,7 +104,9 @@ class _Loop:
             if step % options.eval_every == 0 or step == phase.num_steps:
                 self._read(*unread)
                 unread = None
-                if self._evaluate_and_save(step, state):
+                with self._log.untimed():
+                    ends = self._evaluate_and_save(step, state)
+                if ends:
                     break
         return self._program.model(state)
 
@@ -133,7 +135,6 @@ class _Loop:
         info = {"phase": self._phase.name, "step_in_phase": step, "seed": self._options.seed}
         saved = nnx.state(model, self._options.saved)
         self._checkpoints.save(total, saved, state.opt_states, metrics, info)
-        self._log.restart_clock()
         waited = (step - self._best_step) // self._options.eval_every
         if self._options.patience and waited >= self._options.patience and step < self._phase.num_steps:
             self._log.say(f"no better {BEST_METRIC} in {waited} validations: phase {self._phase.name!r} ends")

@@ -22,10 +22,9 @@ Trained = Callable[..., Path]
 @pytest.fixture(scope="module")
 def quick_compile() -> Iterator[None]:
     """Compiles with few optimisations: here programs run for milliseconds and compile for seconds."""
-    before = jax.config.jax_disable_most_optimizations
     jax.config.update("jax_disable_most_optimizations", True)
     yield
-    jax.config.update("jax_disable_most_optimizations", before)
+    jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture(scope="session")

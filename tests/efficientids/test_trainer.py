@@ -1,0 +1,225 @@
+"""The trainer over a toy system: determinism, which checkpoints stay, early stopping, broken losses, what is logged."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import json
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from efficientids import checkpoints
+from efficientids.errors import UserError
+from efficientids.log import RunLog
+from efficientids.recommenders.base import Batch, Histories, LossSum, OptimizerConfig, Phase, Ranked
+from efficientids.runs import RunFolder
+from efficientids.training.step import build_program
+from efficientids.training.trainer import TrainerOptions, train
+
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
+ROWS, WIDTH = 4, 5
+OPTIONS = TrainerOptions(
+    seed=0, accumulation=1, grad_clip=0.0, log_every=2, eval_every=2, patience=0, saved=...
+)  # fmt: skip
+
+
+class Toy(nnx.Module):
+    def __init__(self, size: int = WIDTH) -> None:
+        self.w = nnx.Param(jnp.linspace(1.0, 2.0, size))
+
+
+def toy_loss(model: Toy, batch: Batch, key: jax.Array, step: jax.Array) -> LossSum:
+    """Squared error of each target; row r has `n[r]` of them. The key moves the inputs, as dropout would."""
+    x_RW = batch["x"] * (1 + 0.01 * jax.random.normal(key, batch["x"].shape))
+    errors_R = ((model.w[...] * x_RW).sum(axis=1) - 1) ** 2
+    return LossSum((errors_R * batch["n"]).sum(), batch["n"].sum(), {})
+
+
+def toy_batches(seed: int, start_step: int) -> Iterator[Batch]:
+    for step in range(start_step, 1_000):
+        rng = np.random.default_rng((seed, step))
+        n = rng.integers(1, 9, ROWS).astype(np.float32)
+        yield {"x": rng.standard_normal((ROWS, WIDTH)).astype(np.float32), "n": n, "user": np.array(["a", "b"])}
+
+
+@dataclasses.dataclass
+class ToySystem:
+    num_steps: int = 6
+    learning_rate: float = 0.1
+    phases: int = 1
+    loss: Callable[..., LossSum] = toy_loss
+    batches: Callable[[int, int], Iterator[Batch]] = toy_batches
+
+    def init(self, key: jax.Array) -> Toy:
+        return Toy()
+
+    def plan(self) -> Sequence[Phase]:
+        shapes = {
+            "x": jax.ShapeDtypeStruct((ROWS, WIDTH), jnp.float32),
+            "n": jax.ShapeDtypeStruct((ROWS,), jnp.float32),
+        }
+        groups = [(nnx.Param, OptimizerConfig(self.learning_rate))]
+        return [
+            Phase(f"part{i}", groups, shapes, self.batches, self.loss, self.num_steps, steps_per_epoch=3.0)
+            for i in range(self.phases)
+        ]
+
+    def recommend(self, model: nnx.Module, histories: Histories, k: int, exclude: np.ndarray | None) -> Ranked:
+        raise NotImplementedError
+
+
+class Validator:
+    """Gives scripted NDCG@10 values, then zeros; keeps a copy of the parameters that it was shown."""
+
+    def __init__(self, *values: float) -> None:
+        self._values = list(values)
+        self.shown: list[np.ndarray] = []
+
+    def __call__(self, model: Any) -> dict[str, float]:
+        self.shown.append(np.array(model.w[...]))
+        return {"ndcg@10": self._values.pop(0) if self._values else 0.0}
+
+
+def run_toy(folder: Path, system: ToySystem, validate: Any = None, **options: Any) -> tuple[RunFolder, str]:
+    """Trains; the run folder and what was printed."""
+    run, printed, chosen = RunFolder.create(folder), io.StringIO(), dataclasses.replace(OPTIONS, **options)
+    log = RunLog(run.metrics, chosen.log_every, printed)
+    train(system, system.init(jax.random.key(0)), chosen, run, log, validate or Validator())
+    return run, printed.getvalue()
+
+
+def rows(run: RunFolder, event: str) -> list[dict[str, Any]]:
+    """The lines of one kind in `metrics.jsonl`, without the clock's fields."""
+    lines = [json.loads(line) for line in run.metrics.read_text().splitlines()]
+    return [{k: v for k, v in x.items() if k not in ("time", "items_per_s")} for x in lines if x["event"] == event]
+
+
+def restored(run: RunFolder, step: int) -> np.ndarray:
+    abstract = nnx.state(nnx.eval_shape(Toy))
+    return np.asarray(checkpoints.restore(run.checkpoints, step, abstract)["w"][...])
+
+
+def test_a_seed_decides_losses_and_parameters(tmp_path: Path) -> None:
+    first, again, other = (run_toy(tmp_path / name, ToySystem(), seed=s)[0] for name, s in zip("abc", (5, 5, 6)))
+    assert len(rows(first, "step")) == 3
+    assert rows(first, "step") == rows(again, "step")
+    np.testing.assert_array_equal(restored(first, 6), restored(again, 6))
+    assert rows(first, "step")[0]["loss"] != rows(other, "step")[0]["loss"]
+    assert (restored(first, 6) != restored(other, 6)).any()
+
+
+def test_the_latest_three_and_the_best_are_kept_as_they_were(tmp_path: Path) -> None:
+    validate = Validator(0.1, 0.9, 0.2, 0.3, 0.4, 0.5, 0.6)
+    run, _ = run_toy(tmp_path / "run", ToySystem(num_steps=13), validate)
+    assert checkpoints.steps(run.checkpoints) == ([4, 10, 12, 13], 4)
+    # Saving copied the parameters before later steps wrote over them.
+    for step, shown in zip((2, 4, 6, 8, 10, 12, 13), validate.shown, strict=True):
+        if step in (4, 10, 12, 13):
+            np.testing.assert_array_equal(restored(run, step), shown)
+    assert len({shown.tobytes() for shown in validate.shown}) == 7
+
+
+def test_a_checkpoint_is_unmoved_by_steps_taken_while_it_is_written(tmp_path: Path) -> None:
+    size = 1 << 20
+    phase = dataclasses.replace(
+        ToySystem(num_steps=50, learning_rate=1.0).plan()[0],
+        loss=lambda model, *_: LossSum((model.w[...] ** 2).sum(), jnp.ones(()), {}),
+    )
+    program = build_program(Toy(size), phase, accumulation=1, grad_clip=0.0)
+    state, batch, key = program.state, {"n": np.ones(1, np.float32)}, jax.random.key(0)
+    state, _ = program.step(state, program.frozen, batch, key)
+    before = np.array(state.params[0]["w"][...])
+    with checkpoints.writer(tmp_path / "checkpoints") as writer:
+        writer.save(1, nnx.state(program.model(state)), state.opt_states, {"ndcg@10": 0.0}, {})
+        for _ in range(20):
+            state, _ = program.step(state, program.frozen, batch, key)
+        after = np.array(state.params[0]["w"][...])
+    abstract = nnx.state(nnx.eval_shape(lambda: Toy(size)))
+    found = np.asarray(checkpoints.restore(tmp_path / "checkpoints", 1, abstract)["w"][...])
+    np.testing.assert_array_equal(found, before)
+    assert (after != before).all()
+
+
+def test_patience_ends_a_phase(tmp_path: Path) -> None:
+    run, printed = run_toy(tmp_path / "run", ToySystem(num_steps=40), Validator(0.1, 0.3, 0.2, 0.25, 0.9), patience=2)
+    assert [row["step"] for row in rows(run, "validation")] == [2, 4, 6, 8]
+    assert checkpoints.steps(run.checkpoints) == ([4, 6, 8], 4)
+    assert "no better ndcg@10 in 2 validations: phase 'part0' ends" in printed
+
+
+def test_without_patience_a_phase_runs_to_its_end(tmp_path: Path) -> None:
+    run, _ = run_toy(tmp_path / "run", ToySystem(num_steps=9), Validator(0.5))
+    # The last step is validated and saved though 9 is no multiple of 2.
+    assert [row["step"] for row in rows(run, "validation")] == [2, 4, 6, 8, 9]
+
+
+def test_steps_count_on_through_the_phases(tmp_path: Path) -> None:
+    validate = Validator()
+    run, _ = run_toy(tmp_path / "run", ToySystem(num_steps=4, phases=2), validate)
+    assert [(row["phase"], row["step"]) for row in rows(run, "validation")] == [
+        ("part0", 2), ("part0", 4), ("part1", 6), ("part1", 8),
+    ]  # fmt: skip
+    np.testing.assert_array_equal(restored(run, 8), validate.shown[3])
+
+
+def spoiled(kind: str) -> ToySystem:
+    """A system whose fifth batch has a loss of NaN, or a finite loss with an infinite gradient."""
+
+    def batches(seed: int, start_step: int) -> Iterator[Batch]:
+        for step, batch in enumerate(toy_batches(seed, start_step), start=start_step + 1):
+            x = np.full_like(batch["x"], np.nan) if kind == "loss" else np.zeros_like(batch["x"])
+            yield {**batch, "x": x} if step == 5 else batch
+
+    def root(model: Toy, batch: Batch, key: jax.Array, step: jax.Array) -> LossSum:
+        return LossSum(jnp.sqrt(jnp.abs(model.w[...] * batch["x"])).sum(), batch["n"].sum(), {})
+
+    return ToySystem(num_steps=8, batches=batches, loss=toy_loss if kind == "loss" else root)
+
+
+@pytest.mark.parametrize("kind", ["loss", "grad_norm"])
+def test_a_broken_step_stops_the_run_and_keeps_what_was_saved(tmp_path: Path, kind: str) -> None:
+    validate = Validator()
+    with pytest.raises(UserError, match=rf"step 5: {kind} is (nan|inf).*--learning_rate"):
+        run_toy(tmp_path / "run", spoiled(kind), validate)
+    run = RunFolder(tmp_path / "run")
+    assert checkpoints.steps(run.checkpoints)[0] == [2, 4]
+    np.testing.assert_array_equal(restored(run, 4), validate.shown[1])
+    assert np.isfinite(validate.shown[1]).all()
+
+
+def test_the_logged_loss_is_the_mean_over_targets_since_the_last_line(tmp_path: Path) -> None:
+    """Steps have unequal numbers of targets, and a validation between two lines forgets nothing."""
+
+    def plain(model: Toy, batch: Batch, key: jax.Array, step: jax.Array) -> LossSum:
+        return toy_loss_without_key(model.w[...], batch)
+
+    system = ToySystem(num_steps=7, learning_rate=0.0, loss=plain)
+    run, printed = run_toy(tmp_path / "run", system, log_every=3, eval_every=2)
+    expected, totals = [], [0.0, 0.0]
+    for step, batch in zip(range(1, 8), toy_batches(0, 0), strict=False):
+        loss = toy_loss_without_key(np.linspace(1, 2, WIDTH), batch)
+        totals = [totals[0] + float(loss.total), totals[1] + float(loss.weight)]
+        if step in (3, 6, 7):
+            expected.append(totals[0] / totals[1])
+            totals = [0.0, 0.0]
+    logged = rows(run, "step")
+    assert [row["step"] for row in logged] == [3, 6, 7]
+    assert [row["loss"] for row in logged] == pytest.approx(expected, rel=1e-5)
+    assert [row["epoch"] for row in logged] == pytest.approx([1, 2, 7 / 3])
+    # Not a terminal: plain lines, each with its place, its speed and what is left.
+    lines = [line for line in printed.splitlines() if line.startswith("part0 ")]
+    assert len(lines) == 3 and "\r" not in printed
+    assert lines[0].startswith("part0 3/7  epoch 1.0  ") and "items/s  ETA " in lines[0]
+
+
+def toy_loss_without_key(w: Any, batch: Batch) -> LossSum:
+    errors_R = ((w * batch["x"]).sum(axis=1) - 1) ** 2
+    return LossSum((errors_R * batch["n"]).sum(), batch["n"].sum(), {})
