@@ -58,7 +58,7 @@ def recommender(config: TrainConfig, llama: LlamaConfig, dataset: Dataset) -> Ef
         init=Init(param_dtype=llama_param_dtype(config)),
         clusters=clusters,
         titles=titles,
-        training=_training(config, dataset),
+        training=_training(config, dataset, titles),
     )
 
 
@@ -141,14 +141,28 @@ def training(config: TrainConfig, steps_per_epoch: float, batches: Callable[[int
     )
 
 
-def _training(config: TrainConfig, dataset: Dataset) -> Training:
+def _training(config: TrainConfig, dataset: Dataset, titles: np.ndarray | None) -> Training:
     assert config.batch_size is not None and config.max_seq_len is not None
     rows, max_items = config.batch_size * config.gradient_accumulation, config.max_seq_len
+    window = max_items if titles is None else min(max_items, titled_items(config.seq_len, titles, dataset))
 
     def batches(seed: int, start_step: int) -> Iterator[Batch]:
-        return training_batches(dataset, batch_size=rows, max_items=max_items, seed=seed, start_step=start_step)
+        return training_batches(
+            dataset,
+            batch_size=rows,
+            max_items=max_items,
+            window_items=window,
+            seed=seed,
+            start_step=start_step,
+        )
 
     return training(config, steps_per_epoch(dataset, rows), batches)
+
+
+def titled_items(seq_len: int, titles: np.ndarray, dataset: Dataset) -> int:
+    """How many items fit with their titles into `seq_len` positions, on average over the interactions; at least 2."""
+    width_N = 1 + (titles >= 0).sum(axis=1)
+    return max(2, int((seq_len - 1) / width_N[dataset.item_ids].mean()))
 
 
 def _clusters(config: TrainConfig, dataset: Dataset) -> Clusters:

@@ -115,3 +115,9 @@ def _check_lengths(config: TrainConfig, llama: LlamaConfig) -> None:
             f"--max_seq_len {config.max_seq_len}: an item takes a position, and --seq_len is {config.seq_len}; "
             "raise --seq_len, or leave --max_seq_len out"
         )
+    titled = 1 + 2 * (1 + config.title_tokens)
+    if config.item_text == "title" and config.seq_len < titled:
+        raise UserError(
+            f"--seq_len {config.seq_len}: BOS and two items with titles of --title_tokens {config.title_tokens} need "
+            f"{titled} positions; raise --seq_len or lower --title_tokens"
+        )

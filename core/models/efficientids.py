@@ -141,7 +141,7 @@ class LlamaEfficientIDSModel(nnx.Module):
 
     def hidden(self, sequence: Woven, key: Array | None = None) -> Array:
         """A sequence → hidden states [B, T, D] after the final norm; with a key, under dropout."""
-        x_BTD = self.input_adapter(self.items(sequence.item_ids)).astype(self.llama.compute.dtype)
+        x_BTD = self.input_adapter(self.items(sequence.item_ids).astype(self.llama.compute.dtype))
         key_input = key_layers = None
         if key is not None and self.config.dropout > 0:
             key_input, key_layers = jax.random.split(key)
@@ -177,13 +177,13 @@ class LlamaEfficientIDSModel(nnx.Module):
         chosen_BTD = jnp.take_along_axis(hidden_BTD, chosen_BM[..., None], axis=1)
         targets_BM = jnp.take_along_axis(_shift(sequence.item_ids), chosen_BM, axis=1)
         weights_BM = jnp.take_along_axis(next_item_BT, chosen_BM, axis=1).astype(jnp.float32)
-        item_loss = self._nll(_flat(chosen_BTD), targets_BM.ravel(), weights_BM.ravel(), with_text, words=False)
+        item_loss = self._item_nll(_flat(chosen_BTD), targets_BM.ravel(), weights_BM.ravel(), with_text)
         zero = jnp.zeros(())
         if not with_text:
             return LossParts(item_loss, weights_BM.sum(), zero, zero)
         weights_BT = next_word_BT.astype(jnp.float32)
         tokens_BT = _shift(sequence.input_ids)
-        text_loss = self._nll(_flat(hidden_BTD), tokens_BT.ravel(), weights_BT.ravel(), True, words=True)
+        text_loss = self._word_nll(_flat(hidden_BTD), tokens_BT.ravel(), weights_BT.ravel())
         return LossParts(item_loss, weights_BM.sum(), text_loss, weights_BT.sum())
 
     def top_k(self, hidden_BD: Array, k: int, exclude: Array | None = None) -> tuple[Array, Array]:
@@ -203,21 +203,34 @@ class LlamaEfficientIDSModel(nnx.Module):
             return softmax.log_probs([softmax.item_segment(h_BS, vectors_NS, self.item_bias_N[...])])
         return hierarchical_softmax.log_probs(h_BS, self._two_level(vectors_NS), self._clusters())
 
-    def _nll(self, x_TD: Array, targets_T: Array, weights_T: Array, with_text: bool, words: bool) -> Array:
-        """Σ weights · (−log p(target)) at hidden states [T, D]; targets are token ids where `words`, else items."""
+    def _item_nll(self, x_TD: Array, items_T: Array, weights_T: Array, with_text: bool) -> Array:
+        """Σ weights · (−log p(item)) at hidden states [T, D]."""
         h_TS, vectors_NS = self._head_hidden(x_TD), self._item_vectors()
-        text = softmax.Segment(x_TD, self.llama.output_table()) if with_text else None
-        first_item = self.config.llama.vocab_size if text is not None and not words else 0
-        targets_T = targets_T + first_item
+        words = self._words(x_TD) if with_text else None
+        targets_T = items_T + (0 if words is None else self.config.llama.vocab_size)
         chunk = self.llama.compute.chunk_elements
         if self.clusters is not None:
             head, clusters = self._two_level(vectors_NS), self._clusters()
             return hierarchical_softmax.loss(
-                h_TS, head, clusters, targets_T, weights_T, words=text, chunk_elements=chunk
+                h_TS, head, clusters, targets_T, weights_T, words=words, chunk_elements=chunk
             )
         items = softmax.item_segment(h_TS, vectors_NS, self.item_bias_N[...])
-        segments = [items] if text is None else [text, items]
+        segments = [items] if words is None else [words, items]
         return softmax.cross_entropy(segments, targets_T, weights_T, chunk_elements=chunk)
+
+    def _word_nll(self, x_TD: Array, tokens_T: Array, weights_T: Array) -> Array:
+        """Σ weights · (−log p(token)) at hidden states [T, D]: the first level alone, words ∪ clusters (or ∪ items)."""
+        h_TS, vectors_NS = self._head_hidden(x_TD), self._item_vectors()
+        if self.clusters is not None:
+            head = self._two_level(vectors_NS)
+            others = softmax.Segment(h_TS, head.centroids_CD, head.centroid_bias_C)
+        else:
+            others = softmax.item_segment(h_TS, vectors_NS, self.item_bias_N[...])
+        chunk = self.llama.compute.chunk_elements
+        return softmax.cross_entropy([self._words(x_TD), others], tokens_T, weights_T, chunk_elements=chunk)
+
+    def _words(self, x_TD: Array) -> softmax.Segment:
+        return softmax.Segment(x_TD, self.llama.output_table())
 
     def _head_hidden(self, x_TD: Array) -> Array:
         return x_TD if self.output_adapter is None else self.output_adapter(x_TD)

@@ -55,14 +55,15 @@ def training_batches(
     seed: int,
     start_step: int = 0,
     transform: Callable[[Row], Row] | None = None,
-    window: Literal["uniform", "last"] = "uniform",
+    window_items: int | None = None,
     prefetch: int = 2,
 ) -> Iterator[Row]:
     """Endless batches of train histories, one row a user; step s is the same wherever the iteration started.
 
     Every epoch is a new permutation of `training_users`; a batch may hold the end of one epoch and the beginning of the
-    next, so that no user is left out. A history longer than `max_items` is cut to a window of it: anywhere with equal
-    chance ("uniform"), or its newest end ("last").
+    next, so that no user is left out. A longer history is cut to a window that ends anywhere, so that over the epochs every
+    item has about the same chance to be in it, the newest and the oldest too. `window_items` (default `max_items`) is
+    how many items of a row the model will look at: fewer than `max_items` where each brings text of varying length.
 
     A batch: `item_ids` int32 [B, T], `lengths` int32 [B], `timestamps` int64 [B, T], `user` int32 [B].
     `transform` maps one row (the same without B) to another of fixed shapes. `prefetch` batches are made ahead in a
@@ -71,6 +72,7 @@ def training_batches(
     for flag, value, least in (
         ("batch_size", batch_size, 1),
         ("max_items", max_items, 2),
+        ("window_items", max_items if window_items is None else window_items, 2),
         ("start_step", start_step, 0),
     ):
         if value < least:
@@ -79,12 +81,14 @@ def training_batches(
     if len(users) == 0:
         raise UserError(f"{dataset.path}: no user has {_SHORTEST_ROW} items to train on; prepare a data set with more")
     lengths = dataset.split_lengths("train")
+    seen = min(window_items or max_items, max_items)
 
     def row(user: np.int32, rng: np.random.Generator) -> Row:
         start, length = int(dataset.offsets[user]), int(lengths[user])
-        spare = max(length - max_items, 0)
-        start += spare if window == "last" else int(rng.integers(spare + 1))
-        kept = min(length, max_items)
+        # Drawn past the end and clipped, so that the newest items are not the rarest; and from the start likewise.
+        end = int(np.clip(rng.integers(_SHORTEST_ROW, length + seen - 1), min(seen, length), length))
+        kept = min(end, max_items)
+        start += end - kept
         item_ids, timestamps = np.zeros(max_items, np.int32), np.zeros(max_items, np.int64)
         item_ids[:kept] = dataset.item_ids[start : start + kept]
         timestamps[:kept] = dataset.timestamps[start : start + kept]

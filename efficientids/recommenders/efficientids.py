@@ -125,7 +125,7 @@ class EfficientIDS:
         training = self._training
         if training is None:
             raise ValueError("this recommender was built without `training`")
-        trained = nnx.Not(in_llama) if training.freeze_llama else nnx.Param
+        trained = nnx.Not(in_llama if training.freeze_llama else self._unread)
         rows = (training.batch_rows, self.spec.max_seq_len)
         phase = Phase(
             name="frozen" if training.freeze_llama else "full",
@@ -140,6 +140,16 @@ class EfficientIDS:
             steps_per_epoch=training.steps_per_epoch,
         )
         return [phase]
+
+    def _unread(self, path: tuple[Any, ...], _: Any) -> bool:
+        """The Llama's tables that this loss never reads: trained, they would only decay (and cost Adam's memory)."""
+        tied = self.spec.model.llama.tie_word_embeddings
+        reads_head = self.spec.text_loss_weight > 0
+        reads_embedding = self.spec.title_tokens > 0 or (tied and reads_head)
+        name = tuple(path)[:2]
+        return (name == ("llama", "embed_VD") and not reads_embedding) or (
+            name == ("llama", "head_VD") and not reads_head
+        )
 
     def recommend(self, model: nnx.Module, histories: Histories, k: int, exclude: np.ndarray | None) -> Ranked:
         """The k most probable next items, exactly; rows and k are padded to powers of two so that few programs compile.

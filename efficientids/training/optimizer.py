@@ -10,15 +10,19 @@ from efficientids.recommenders.base import OptimizerConfig
 
 
 def learning_rate(config: OptimizerConfig, num_steps: int) -> optax.Schedule:
-    """Step → learning rate: linear from 0 over `warmup_steps`, then a cosine to `final_fraction` at `num_steps`."""
+    """Steps done → learning rate of the next: linear over `warmup_steps`, then a cosine to `final_fraction`.
+
+    The first step has 1/`warmup_steps` of the peak, not zero: it would do nothing.
+    """
     warmup = min(config.warmup_steps, num_steps)
-    return optax.warmup_cosine_decay_schedule(
+    schedule = optax.warmup_cosine_decay_schedule(
         init_value=0.0 if warmup else config.learning_rate,
         peak_value=config.learning_rate,
         warmup_steps=warmup,
         decay_steps=max(num_steps, warmup + 1),
         end_value=config.learning_rate * config.final_fraction,
     )
+    return lambda count: schedule(count + 1)
 
 
 def build(config: OptimizerConfig, num_steps: int) -> optax.GradientTransformation:

@@ -92,7 +92,8 @@ class _Loop:
         phase, options = self._phase, self._options
         key = jax.random.fold_in(jax.random.key(options.seed), self._first)
         state, frozen = self._program.state, self._program.frozen
-        batches = phase.batches(options.seed, 0)
+        # A later phase starts with an order of its own.
+        batches = phase.batches(options.seed + self._first, 0)
         unread: tuple[int, dict[str, jax.Array]] | None = None
         for step in range(1, phase.num_steps + 1):
             batch = {name: value for name, value in next(batches).items() if name in phase.batch_spec}

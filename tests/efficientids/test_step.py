@@ -98,7 +98,7 @@ def test_frozen_parameters_are_read_and_nothing_else() -> None:
     memory = compiled.memory_analysis()
     written, frozen = size(made.state), size(made.frozen)
     assert frozen > 20_000
-    # Outputs: the state and three metrics, with a pointer (or a little alignment) each, and nothing of the Llama's size.
+    # Outputs: the state and three metrics, with a pointer or a little alignment each, and nothing of the Llama's size.
     assert written <= memory.output_size_in_bytes < written + frozen // 4
     # The state is written over itself: donated, and every large array of it aliased.
     assert memory.alias_size_in_bytes > 0.9 * written

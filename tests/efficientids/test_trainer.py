@@ -108,7 +108,8 @@ def restored(run: RunFolder, step: int) -> np.ndarray:
 
 
 def test_a_seed_decides_losses_and_parameters(tmp_path: Path) -> None:
-    first, again, other = (run_toy(tmp_path / name, ToySystem(), seed=s)[0] for name, s in zip("abc", (5, 5, 6)))
+    runs = [("first", 5), ("again", 5), ("other", 6)]
+    first, again, other = (run_toy(tmp_path / name, ToySystem(), seed=seed)[0] for name, seed in runs)
     assert len(rows(first, "step")) == 3
     assert rows(first, "step") == rows(again, "step")
     np.testing.assert_array_equal(restored(first, 6), restored(again, 6))
