@@ -7,7 +7,8 @@ CUDA ?= 12
 VENV := $(if $(filter python3.11,$(PYTHON)),.venv,.venv-$(notdir $(PYTHON)))
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
-GPU := $(wildcard /dev/nvidiactl)
+GPU := $(wildcard /dev/nvidiactl /dev/dxg)
+AOT := $(filter Linux-x86_64,$(shell uname -sm | tr ' ' '-'))
 
 .PHONY: demo test lint test-real install clean
 
@@ -33,7 +34,7 @@ $(VENV)/.installed: requirements.txt requirements-aot.txt pyproject.toml
 	$(PIP) --upgrade pip
 	$(PIP) --requirement requirements.txt
 	$(if $(GPU),$(PIP) "jax[cuda$(CUDA)]==$$($(BIN)/python -c 'import jax; print(jax.__version__)')",\
-	  $(PIP) --no-deps $$(sed "/^#/d; s/$$/==$$($(BIN)/python -c 'import jax; print(jax.__version__)')/" requirements-aot.txt))
+	  $(if $(AOT),$(PIP) --no-deps $$(sed "/^#/d; s/$$/==$$($(BIN)/python -c 'import jax; print(jax.__version__)')/" requirements-aot.txt)))
 	$(PIP) --no-deps --editable .
 	touch $@
 

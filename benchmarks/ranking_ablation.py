@@ -36,7 +36,7 @@ class RawDot(EfficientIDS):
             params = type(params)(
                 params.centroids_CD, params.centroid_bias_C, params.items_N1D, jnp.zeros_like(params.item_bias_N1)
             )
-        h_BS = model._head_hidden(hidden_BD)
+        h_BS = model._head_hidden(hidden_BD.astype(jnp.float32))  # as the exact ranking does
         return top_k_of(lambda h: raw_dot_scores(h, params), h_BS, k, exclude_BX, chunk_size=256)
 
 

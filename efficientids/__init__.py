@@ -8,7 +8,7 @@ import core  # noqa: F401  # before jax: see core.platform
 
 
 def __getattr__(name: str) -> Any:
-    # Lazily: `efficientids --help` should not wait for jax.
+    # Lazily: preparing data needs no Orbax.
     if name == "load_run":
         from efficientids.loading import load_run
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -41,16 +42,22 @@ def llama_param_dtype(config: TrainConfig) -> Any:
     return compute(config.precision).dtype if config.freeze_llama else jnp.float32
 
 
-def recommender(config: TrainConfig, llama: LlamaConfig, dataset: Dataset) -> EfficientIDS:
-    """The system that a resolved configuration describes, ready to train on `dataset`."""
+def recommender(
+    config: TrainConfig, llama: LlamaConfig, dataset: Dataset, clusters: Clusters | None = None
+) -> EfficientIDS:
+    """The system that a resolved configuration describes, ready to train on `dataset`.
+
+    `clusters`: those of an earlier run whose parameters will be taken over; None: given or made anew.
+    """
     titles, bos = None, 0
     if config.item_text == "title":
-        assert config.tokenizer is not None
+        tokenizer = config.tokenizer or weights_folder(config) / "tokenizer.json"
         if "title" not in dataset.items.columns:
             raise UserError(f"--item_text title: the items of {dataset.path} have no titles; leave the flag out")
         texts = dataset.items["title"].to_list()
-        titles, bos = title_table(texts, config.tokenizer, config.title_tokens, llama.vocab_size)
-    clusters = None if config.head == "full" else _clusters(config, dataset)
+        titles, bos = title_table(texts, tokenizer, config.title_tokens, llama.vocab_size)
+    if config.head == "two_level" and clusters is None:
+        clusters = _clusters(config, dataset)
     shape = (0, 0) if clusters is None else (clusters.num_clusters, clusters.members_CM.shape[1])
     return EfficientIDS(
         spec(config, llama, dataset.catalogue_size, shape, bos),
@@ -171,8 +178,6 @@ def _clusters(config: TrainConfig, dataset: Dataset) -> Clusters:
         return given_clusters(config.clustering, size)
     count = config.num_clusters
     assert count is not None
-    if count > size:
-        raise UserError(f"--num_clusters {count}: the catalogue has {size} items; give at most that many")
     items, offsets = training_histories(dataset)
     vectors = cooccurrence_vectors(items, offsets, size, dim=64, window=10, seed=config.seed)
     # By direction alone: popular items have long vectors, which would make a cluster of their own kind.
@@ -202,23 +207,32 @@ def training_histories(dataset: Dataset) -> tuple[np.ndarray, np.ndarray]:
     return items, np.concatenate([[0], np.cumsum(lengths)])
 
 
-def describe(system: EfficientIDS, config: TrainConfig, dataset: Dataset, weights: dict[str, str] | None) -> dict:
+def describe(
+    system: EfficientIDS, config: TrainConfig, dataset: Dataset, weights: dict[str, str] | None, run: Path
+) -> dict[str, Any]:
     """What `model.json` says: enough to rebuild the model and to find its data set and its weight file.
 
     Args:
         weights: path and sha256 of the frozen Llama's weight file; None where checkpoints hold every parameter.
+        run: the run folder; a data set inside it is named relative to it, so that the folder can be moved.
     """
+    data, home = Path(dataset.path).resolve(), run.resolve()
     return {
         "recommender": config.recommender,
         "spec": system.spec.to_json(),
         "precision": config.precision,
         "dataset": {
-            "path": str(Path(dataset.path).resolve()),
+            "path": str(data.relative_to(home) if data.is_relative_to(home) else data),
             "fingerprint": dataset.fingerprint,
-            "items_sha256": dataset.manifest["files"]["items.parquet"]["sha256"],
+            "items_sha256": items_sha256(dataset),
         },
         "frozen_weights": weights,
     }
+
+
+def items_sha256(dataset: Dataset) -> str:
+    """Which item each index stands for: the sha256 of the external ids in order, a line each."""
+    return hashlib.sha256("\n".join(dataset.items["item_id"].to_list()).encode()).hexdigest()
 
 
 def abstract(spec: EfficientIDSSpec, precision: str, param_dtype: Any) -> tuple[EfficientIDS, nnx.GraphDef, nnx.State]:

@@ -92,14 +92,16 @@ def writer(folder: Path) -> Iterator[Writer]:
 
 
 def steps(folder: Path) -> tuple[list[int], int | None]:
-    """The steps that have a checkpoint in `folder`, ascending, and the one with the best validation metric."""
+    """The steps that have a finished checkpoint in `folder`, ascending, and the one with the best validation metric.
+
+    A folder named like a step but without parameters is none.
+    """
     if not folder.is_dir():
         return [], None
-    manager = _manager(folder, read_only=True)
-    try:
-        return sorted(manager.all_steps()), manager.best_step()
-    finally:
-        manager.close()
+    with _reading(folder) as manager:
+        found = sorted(step for step in manager.all_steps() if (folder / str(step) / "params").is_dir())
+        best = manager.best_step()
+        return found, best if best in found else None
 
 
 def restore(folder: Path, step: int, target: nnx.State) -> nnx.State:
@@ -111,17 +113,29 @@ def restore(folder: Path, step: int, target: nnx.State) -> nnx.State:
         target: abstract state (`jax.ShapeDtypeStruct` leaves) of what was saved.
 
     Raises:
-        UserError: the checkpoint is of another model: the first differing names and shapes are listed.
+        UserError: the checkpoint is of another model (the first differing names and shapes are listed), or damaged.
     """
-    manager = _manager(folder, read_only=True)
+    where = folder / str(step)
     try:
-        args = ocp.args.Composite(params=ocp.args.StandardRestore(nnx.to_pure_dict(target)))
-        _check_same_model(folder / str(step), manager, step, target)
-        saved = manager.restore(step, args=args)["params"]
-    finally:
-        manager.close()
+        with _reading(folder) as manager:
+            args = ocp.args.Composite(params=ocp.args.StandardRestore(nnx.to_pure_dict(target)))
+            _check_same_model(where, manager, step, target)
+            saved = manager.restore(step, args=args)["params"]
+    except (KeyError, ValueError, OSError) as error:
+        reason = str(error).strip().split("\n")[0]
+        others = ", ".join(str(other) for other in steps(folder)[0] if other != step) or "none"
+        raise UserError(f"{where} is damaged ({reason}); other steps of this run: {others}") from error
     nnx.replace_by_pure_dict(target, saved)
     return target
+
+
+@contextmanager
+def _reading(folder: Path) -> Iterator[ocp.CheckpointManager]:
+    manager = _manager(folder, read_only=True)
+    try:
+        yield manager
+    finally:
+        manager.close()
 
 
 def _check_same_model(where: Path, manager: ocp.CheckpointManager, step: int, target: nnx.State) -> None:

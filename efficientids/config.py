@@ -78,7 +78,7 @@ class TrainingOptions:
     epochs: float | None = None
     """Passes over the users. Default: 10, with no --num_steps."""
     batch_size: int | None = None
-    """Users in flight at a time, on all devices together. Default: 64 for tiny, else 8."""
+    """Users in flight at a time, on all devices together. Default: 64 below a width of 1,024, else 8."""
     batch_size_per_device: int | None = None
     """The same, counted on one device. Exclusive with --batch_size."""
     gradient_accumulation: int = 1
@@ -92,7 +92,7 @@ class TrainingOptions:
     grad_clip: float = 1.0
     """Largest global gradient norm; 0 clips nothing."""
     dropout: float | None = None
-    """On item inputs and residual branches. Default: 0.2 for a random tiny Llama, else 0."""
+    """On item inputs and residual branches. Default: 0.2 for a random Llama below a width of 1,024, else 0."""
     seq_len: int = 64
     """Positions of the Llama's input: items, and text between them."""
     max_seq_len: int | None = None
@@ -141,11 +141,17 @@ def parse(arguments: Sequence[str], prog: str = "train_llama.py") -> TrainConfig
     pre = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     pre.add_argument("--config", type=Path)
     known, rest = pre.parse_known_args(arguments)
-    from_file = [] if known.config is None else _file_arguments(known.config)
-    # Flags come after the file's, and of two values for one option the last wins.
+    from_file = {} if known.config is None else _file_arguments(known.config)
+    flags = {word.split("=")[0].removeprefix("--").replace("-", "_") for word in rest if word.startswith("--")}
+    for one, other in _EXCLUSIVE:
+        # A flag wins over the file's value of its counterpart, too.
+        for flag, counterpart in ((one, other), (other, one)):
+            if flag in flags and counterpart not in flags:
+                from_file.pop(counterpart, None)
     config = tyro.cli(
         TrainConfig,
-        args=[*from_file, *rest],
+        # Of two values for one option the last wins.
+        args=[*_flat(from_file), *rest],
         prog=prog,
         description=f"{TrainConfig.__doc__}\n\n--config FILE: a YAML file of these flags; flags win.",
         use_underscores=True,
@@ -200,20 +206,23 @@ def to_mapping(config: TrainConfig) -> dict[str, Any]:
 
 def from_mapping(values: dict[str, Any], source: Path) -> TrainConfig:
     """The inverse of `to_mapping`; `source` names the file in errors."""
-    return parse(_mapping_arguments(values, source))
+    return parse(_flat(_mapping_arguments(values, source)))
 
 
-def _file_arguments(path: Path) -> list[str]:
+def _file_arguments(path: Path) -> dict[str, list[str]]:
     try:
         values = yaml.safe_load(path.read_text())
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise UserError(f"--config {path} cannot be read: {error}") from error
+    if values is None:
+        raise UserError(f"--config {path}: the file is empty; write `flag: value` lines")
     if not isinstance(values, dict):
         raise UserError(f"--config {path}: expected `flag: value` lines, found {type(values).__name__}")
     return _mapping_arguments(values, path)
 
 
-def _mapping_arguments(values: dict[str, Any], source: Path) -> list[str]:
+def _mapping_arguments(values: dict[str, Any], source: Path) -> dict[str, list[str]]:
+    """Each key's words on a command line."""
     fields = {field.name: field for field in dataclasses.fields(TrainConfig)}
     arguments: dict[str, list[str]] = {}
     for name, value in values.items():
@@ -230,12 +239,16 @@ def _mapping_arguments(values: dict[str, Any], source: Path) -> list[str]:
         else:
             arguments[name] = [f"--{name}", str(value)]
     _refuse_ill_typed(arguments, values, source)
+    return arguments
+
+
+def _flat(arguments: Mapping[str, list[str]]) -> list[str]:
     return [word for words in arguments.values() for word in words]
 
 
 def _refuse_ill_typed(arguments: Mapping[str, list[str]], values: Mapping[str, Any], source: Path) -> None:
     # Parsed apart from the flags: tyro's own error would blame a flag that nobody gave.
-    if _parses([word for words in arguments.values() for word in words]):
+    if _parses(_flat(arguments)):
         return
     for name, words in arguments.items():
         if not _parses(words):

@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 from flax import nnx
 
+from core.clustering import Clusters
 from core.functional import FunctionalModel
 from core.platform import quiet_devices
 from core.weight_files import CheckpointError, weights_checksum
@@ -37,14 +39,16 @@ class LoadedRun:
     def model(self) -> nnx.Module:
         return nnx.merge(self.graphdef, self.params)
 
-    def dataset(self) -> Dataset:
-        """The data set that the run trained on.
+    def dataset(self, data_dir: Path | None = None) -> Dataset:
+        """The data set that the run trained on, or the one in `data_dir` with the same items.
 
         Raises:
-            UserError: it has moved, or its items are no longer those of the run.
+            UserError: it is not there, or its items are not those of the run.
         """
-        recorded = self.description["dataset"]
-        dataset = Dataset.open(recorded["path"])
+        recorded = self.run.path / self.description["dataset"]["path"]  # an absolute path stands for itself
+        if data_dir is None and not recorded.is_dir():
+            raise UserError(f"the run's data set was {recorded}, which is gone; give its new place with --data_dir")
+        dataset = Dataset.open(data_dir or recorded)
         check_same_items(self, dataset)
         return dataset
 
@@ -114,22 +118,26 @@ def _frozen(recorded: dict[str, str], dtype: Any) -> nnx.State:
 
 
 def check_same_items(loaded: LoadedRun, dataset: Dataset) -> None:
-    """Refuses a data set whose item table is not the run's: its vectors would stand for other items."""
-    if dataset.manifest["files"]["items.parquet"]["sha256"] != loaded.description["dataset"]["items_sha256"]:
+    """Refuses a data set whose items are not the run's: its vectors would stand for other items."""
+    if build.items_sha256(dataset) != loaded.description["dataset"]["items_sha256"]:
         raise UserError(
-            f"{dataset.path} has another item table than the data set of {loaded.run.path}: "
-            "its item vectors would stand for other items. Use the data set that the run was trained on"
+            f"{dataset.path} has other items than the data set of {loaded.run.path}: "
+            "the item vectors would stand for other items. Use the data set that the run was trained on"
         )
 
 
-def adopt(path: str, system: EfficientIDS, config: TrainConfig, dataset: Dataset) -> tuple[nnx.Module, LoadedRun]:
+def clusters_of(loaded: LoadedRun) -> Clusters | None:
+    """The clusters that a run's parameters belong to; None with the full head."""
+    buffers = getattr(loaded.model, "clusters", None)
+    return None if buffers is None else Clusters(**{name: buffer[...] for name, buffer in buffers.items()})
+
+
+def adopt(loaded: LoadedRun, system: EfficientIDS, config: TrainConfig) -> nnx.Module:
     """`--load_checkpoint`: the parameters and buffers of an earlier run in a new recommender.
 
     Raises:
-        UserError: the earlier model is another one (fields listed), or of another catalogue.
+        UserError: the earlier model is another one (fields listed), or was trained with other clusters or titles.
     """
-    loaded = open_run(path, llama_dtype=build.llama_param_dtype(config))
-    check_same_items(loaded, dataset)
     # How long sequences are and how text is weighed may change; what has parameters or buffers may not.
     free = {"seq_len", "max_seq_len", "text_loss_weight", "model.dropout", "model.init_std"}
     differing = build.differing_fields(loaded.system.spec, system.spec)
@@ -137,8 +145,26 @@ def adopt(path: str, system: EfficientIDS, config: TrainConfig, dataset: Dataset
     if differing:
         listed = "\n  ".join(differing)
         raise UserError(
-            f"--load_checkpoint {path} is a checkpoint of another model (its value ≠ this run's):\n  {listed}\n"
-            "Give the flags of the run that wrote it (--llama_size, --weights, --head, --item_dim, …)"
+            f"--load_checkpoint {loaded.run.path} is a checkpoint of another model (its value ≠ this run's):\n  "
+            f"{listed}\nGive the flags of the run that wrote it (--llama_size, --weights, --head, --item_dim, …)"
         )
+    _check_same_buffers(loaded, system, config)
     graphdef, _ = nnx.split(nnx.eval_shape(system.init, jax.random.key(0)))
-    return nnx.merge(graphdef, loaded.params), loaded
+    return nnx.merge(graphdef, loaded.params)
+
+
+def _check_same_buffers(loaded: LoadedRun, system: EfficientIDS, config: TrainConfig) -> None:
+    clusters = clusters_of(loaded)
+    if config.clustering is not None and clusters is not None:
+        given = build.given_clusters(config.clustering, clusters.num_items)
+        if not np.array_equal(given.cluster_of_item_N1, clusters.cluster_of_item_N1):
+            raise UserError(
+                f"--clustering {config.clustering} is not the clustering that {loaded.run.path} was trained with; "
+                "leave it out to keep the run's"
+            )
+    titles = getattr(loaded.model, "titles_NK", None)
+    if titles is not None and not np.array_equal(titles[...], np.asarray(system.titles)):
+        raise UserError(
+            f"the titles' tokens differ from those that {loaded.run.path} was trained with; give the same --tokenizer "
+            "and the same data set"
+        )

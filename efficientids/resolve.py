@@ -29,9 +29,15 @@ def llama_config(config: TrainConfig) -> LlamaConfig:
     if not config.weights.is_dir():
         raise UserError(f"--weights {config.weights}: no such folder; give one with config.json and weight files")
     try:
-        return LlamaConfig.from_hf(config.weights / "config.json")
+        found = LlamaConfig.from_hf(config.weights / "config.json")
     except (ValueError, OSError) as error:
         raise UserError(f"--weights {config.weights}: {error}") from error
+    if config.llama_size != "tiny" and found != LLAMA_SIZES[config.llama_size].config:
+        raise UserError(
+            f"--llama_size {config.llama_size} and --weights {config.weights}: the weights' config.json is of another "
+            "shape; leave --llama_size out"
+        )
+    return found
 
 
 def starts_at_random(config: TrainConfig) -> bool:
@@ -76,6 +82,11 @@ def resolve(config: TrainConfig, llama: LlamaConfig, scale: Scale) -> TrainConfi
     warmup = config.warmup_steps
     if warmup is None:
         warmup = min(100 if config.freeze_llama else 500, num_steps // 10)
+    if clusters is not None and clusters > scale.num_items:
+        raise UserError(f"--num_clusters {clusters}: the catalogue has {scale.num_items} items; give at most that many")
+    item_dim = config.item_dim or min(384, llama.hidden_size)
+    if config.item_rank is not None and config.item_rank > item_dim:
+        raise UserError(f"--item_rank {config.item_rank}: item vectors have {item_dim} dimensions; give at most that")
     remat = config.gradient_checkpointing
     return dataclasses.replace(
         config,
@@ -91,7 +102,7 @@ def resolve(config: TrainConfig, llama: LlamaConfig, scale: Scale) -> TrainConfi
         precision=("bfloat16" if on_gpu else "float32") if config.precision == "auto" else config.precision,
         gradient_checkpointing=("dots" if small else "full") if remat == "auto" else remat,
         max_seq_len=config.max_seq_len or (config.seq_len if config.item_text == "none" else config.seq_len // 2),
-        item_dim=config.item_dim or min(384, llama.hidden_size),
+        item_dim=item_dim,
         head=head,
         num_clusters=clusters,
         tokenizer=_tokenizer(config),
@@ -99,11 +110,14 @@ def resolve(config: TrainConfig, llama: LlamaConfig, scale: Scale) -> TrainConfi
 
 
 def _tokenizer(config: TrainConfig) -> Path | None:
+    """The file to read titles with; None: none is needed, or the one that comes with the weights of --llama_size."""
     if config.item_text == "none" or config.tokenizer is not None:
         return config.tokenizer
-    if config.weights is None:
+    if config.weights is not None:
+        return config.weights / "tokenizer.json"
+    if starts_at_random(config):
         raise UserError("--item_text title needs a tokenizer: give --tokenizer FILE, or --weights with one beside them")
-    return config.weights / "tokenizer.json"
+    return None
 
 
 def _check_lengths(config: TrainConfig, llama: LlamaConfig) -> None:

@@ -14,8 +14,11 @@ import importlib.metadata
 import json
 import platform
 import re
+import shutil
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -44,23 +47,38 @@ class RunFolder:
 
     @staticmethod
     def create(path: Path) -> RunFolder:
-        """Makes the folder for a new run.
+        """Makes the folder for a new run: a new one, or one that is empty.
 
         Raises:
-            UserError: it already holds a run; nothing in it is touched.
+            UserError: something is in it already; nothing of it is touched.
         """
-        if (path / "model.json").exists() or (path / "checkpoints").exists():
+        if path.exists() and not path.is_dir():
+            raise UserError(f"--checkpoint_dir {path} is a file; give a folder")
+        held = sorted(entry.name for entry in path.iterdir()) if path.is_dir() else []
+        if (path / "model.json").exists() and checkpoints.steps(path / "checkpoints")[0]:
             raise UserError(
                 f"--checkpoint_dir {path} already holds a run; give a new folder, or start a new run from its "
                 f"parameters with --load_checkpoint {path} and another --checkpoint_dir"
             )
-        if path.exists() and not path.is_dir():
-            raise UserError(f"--checkpoint_dir {path} is a file; give a folder")
-        try:
-            path.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"--checkpoint_dir {path} cannot be made: {error}; give another folder") from error
+        if (path / "model.json").exists():
+            raise UserError(
+                f"--checkpoint_dir {path} holds a run that ended before its first checkpoint; delete the folder to "
+                "start again in it, or give another"
+            )
+        if held:
+            shown = ", ".join(held[:4]) + (", …" if len(held) > 4 else "")
+            raise UserError(f"--checkpoint_dir {path} is not empty ({shown}); give a new folder for the run")
+        path.mkdir(parents=True, exist_ok=True)
         return RunFolder(path)
+
+    @contextmanager
+    def starting(self) -> Iterator[None]:
+        """Around the work before the first step: if it fails, the folder (which was empty) goes away again."""
+        try:
+            yield
+        except BaseException:
+            shutil.rmtree(self.path)
+            raise
 
     @staticmethod
     def open(path: Path) -> RunFolder:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 from flax import nnx
 
 from core.config import LlamaConfig
@@ -38,13 +39,13 @@ def main(arguments: Sequence[str]) -> int:
         return _estimate(config, llama)
     path = config.checkpoint_dir or Path("runs") / f"{config.recommender}-{time.strftime('%Y%m%d-%H%M%S')}"
     run = RunFolder.create(path)
-    dataset = _dataset(config, run.path)
-    config = resolve(config, llama, Scale.of(dataset))
-    log = RunLog(run.metrics, config.log_every)
-    log.say(_announce(config, llama, dataset))
-    system = build.recommender(config, llama, dataset)
-    model, frozen_weights = _start(system, config, dataset, log)
-    run.write(to_mapping(config), build.describe(system, config, dataset, frozen_weights))
+    with run.starting():
+        dataset = _dataset(config, run.path)
+        config = resolve(config, llama, Scale.of(dataset))
+        log = RunLog(run.metrics, config.log_every)
+        log.say(_announce(config, llama, dataset))
+        system, model, frozen_weights = _start(config, llama, dataset, log)
+        run.write(to_mapping(config), build.describe(system, config, dataset, frozen_weights, run.path))
     began = time.perf_counter()
     train(system, model, _options(config, frozen_weights), run, log, _validator(system, config, dataset))
     log.say(f"trained in {duration(time.perf_counter() - began)}; run folder {run.path}")
@@ -57,7 +58,7 @@ def _dataset(config: TrainConfig, run: Path) -> Dataset:
     """The data set asked for, or the generated one, written into the run folder."""
     if config.data_dir is not None:
         return Dataset.open(config.data_dir)
-    return generate().write(run / "data", overwrite=True)
+    return generate().write(run / "data")
 
 
 def _announce(config: TrainConfig, llama: LlamaConfig, dataset: Dataset) -> str:
@@ -73,25 +74,31 @@ def _announce(config: TrainConfig, llama: LlamaConfig, dataset: Dataset) -> str:
         f"{dataset.num_interactions:,} interactions\n"
         f"training: {config.num_steps:,} steps of {config.batch_size} × {config.gradient_accumulation} users, "
         f"{config.seq_len} positions, learning rate {config.learning_rate:g}, seed {config.seed}"
+        + (f"\none of {jax.device_count()} devices is used" if jax.device_count() > 1 else "")
     )
 
 
 def _start(
-    system: EfficientIDS, config: TrainConfig, dataset: Dataset, log: RunLog
-) -> tuple[nnx.Module, dict[str, str] | None]:
-    """The model before step 0, and the weight file that its frozen Llama is referenced by (None: none)."""
+    config: TrainConfig, llama: LlamaConfig, dataset: Dataset, log: RunLog
+) -> tuple[EfficientIDS, nnx.Module, dict[str, str] | None]:
+    """The system, its model before step 0, and the file that its frozen Llama is referenced by (None: none)."""
     if config.load_checkpoint is not None:
-        model, earlier = loading.adopt(config.load_checkpoint, system, config, dataset)
+        earlier = loading.open_run(config.load_checkpoint, llama_dtype=build.llama_param_dtype(config))
+        loading.check_same_items(earlier, dataset)
+        system = build.recommender(config, llama, dataset, loading.clusters_of(earlier))
+        model = loading.adopt(earlier, system, config)
         log.say(f"parameters of {earlier.run.path} at step {earlier.step}; optimiser and step count start anew")
-        return model, earlier.description["frozen_weights"] if config.freeze_llama else None
+        return system, model, earlier.description["frozen_weights"] if config.freeze_llama else None
     if starts_at_random(config):
-        return build.start(system, config), None
+        system = build.recommender(config, llama, dataset)
+        return system, build.start(system, config), None
     folder = build.weights_folder(config)
-    log.say(f"loading {folder}")
+    log.say(f"weights: {folder}")
+    system = build.recommender(config, llama, dataset)
     model = build.start(system, config)
     if not config.freeze_llama:
-        return model, None
-    return model, {"path": str(folder.resolve()), "sha256": weights_checksum(folder)}
+        return system, model, None
+    return system, model, {"path": str(folder.resolve()), "sha256": weights_checksum(folder)}
 
 
 def _options(config: TrainConfig, frozen_weights: dict[str, str] | None) -> TrainerOptions:
@@ -123,7 +130,8 @@ def _report(run: RunFolder, dataset: Dataset, log: RunLog) -> None:
     loaded = loading.open_run(run.path)
     max_items = loaded.system.spec.max_seq_len
     log.say(f"best checkpoint: step {loaded.step}")
-    result = evaluate(loaded.system, loaded.model, dataset, "test", max_items=max_items)
+    history = loaded.system.spec.history
+    result = evaluate(loaded.system, loaded.model, dataset, "test", max_items=max_items, history=history)
     log.record({"event": "test", "step": loaded.step, **result["metrics"]})
     log.say(as_text(result))
     if has_oracle(dataset):
@@ -137,6 +145,7 @@ def _report(run: RunFolder, dataset: Dataset, log: RunLog) -> None:
 
 
 def _estimate(config: TrainConfig, llama: LlamaConfig) -> int:
+    # Without a data set: MovieLens 1M's size, as the output says.
     scale = Scale() if config.data_dir is None else Scale.of(Dataset.open(config.data_dir))
     estimated = estimate(config, llama, scale)
     print(json.dumps(estimated.to_json(), indent=2) if config.json else estimated.as_text())

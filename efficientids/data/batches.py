@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator
-from typing import Any, Literal
+from typing import Any
 
 import grain
 import numpy as np
@@ -61,9 +61,9 @@ def training_batches(
     """Endless batches of train histories, one row a user; step s is the same wherever the iteration started.
 
     Every epoch is a new permutation of `training_users`; a batch may hold the end of one epoch and the beginning of the
-    next, so that no user is left out. A longer history is cut to a window that ends anywhere, so that over the epochs every
-    item has about the same chance to be in it, the newest and the oldest too. `window_items` (default `max_items`) is
-    how many items of a row the model will look at: fewer than `max_items` where each brings text of varying length.
+    next, so that no user is left out. A longer history is cut to a window that ends anywhere, so that over the epochs
+    every item has about the same chance to be in it, the newest and the oldest too. `window_items` (default
+    `max_items`) is how many items of a row the model will look at: fewer where each brings text of varying length.
 
     A batch: `item_ids` int32 [B, T], `lengths` int32 [B], `timestamps` int64 [B, T], `user` int32 [B].
     `transform` maps one row (the same without B) to another of fixed shapes. `prefetch` batches are made ahead in a

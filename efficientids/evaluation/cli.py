@@ -25,6 +25,8 @@ class EvaluateConfig:
     """The run folder R, R/STEP or R/checkpoints/STEP."""
     step: int | None = None
     """Which checkpoint. Default: the best by validation NDCG@10."""
+    data_dir: Path | None = None
+    """Where the run's data set is now. Default: where it was."""
     split: Literal["validation", "test"] = "test"
     """Which held-out item is the target."""
     seen: Literal["mask", "keep"] = "mask"
@@ -39,7 +41,7 @@ def main(arguments: Sequence[str]) -> int:
     """Evaluates; returns the exit code."""
     config = tyro.cli(EvaluateConfig, args=arguments, prog="efficientids evaluate", use_underscores=True)
     loaded = open_run(config.run, config.step)
-    dataset = loaded.dataset()
+    dataset = loaded.dataset(config.data_dir)
     result = evaluate(
         loaded.system,
         loaded.model,
@@ -48,6 +50,7 @@ def main(arguments: Sequence[str]) -> int:
         seen=config.seen,
         max_items=loaded.system.spec.max_seq_len,
         batch_size=config.batch_size,
+        history=loaded.system.spec.history,
         progress=progress("evaluated", sys.stderr),
     )
     result |= {"run": str(loaded.run.path), "step": loaded.step, "dataset": dataset.manifest["name"]}

@@ -28,6 +28,7 @@ def evaluate(
     max_items: int,
     batch_size: int = 256,
     cutoffs: tuple[int, ...] = CUTOFFS,
+    history: str | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, Any]:
     """Ranks the whole catalogue for every user of `split`.
@@ -38,13 +39,14 @@ def evaluate(
         max_items: newest items of a history that the recommender is given.
         batch_size: users at a time.
         cutoffs: the K of HR@K, NDCG@K, MRR@K and coverage@K.
+        history: what the model looks at, in words, where that is not simply the newest `max_items` items.
         progress: called with (users done, users in all).
 
     Returns:
         `metrics` (fractions), `protocol` (how they came about) and `users` (their number).
 
     Raises:
-        UserError: no user has a target in this split.
+        UserError: no user has a target in this split, or a score is NaN.
     """
     ranks: list[np.ndarray] = []
     shown = {cutoff: np.zeros(dataset.catalogue_size + 1, bool) for cutoff in cutoffs}
@@ -54,7 +56,10 @@ def evaluate(
         real = batch.targets > 0
         exclude = batch.seen if seen == "mask" else None
         ranked = recommender.recommend(model, Histories(batch.item_ids, batch.lengths), max(cutoffs) + 1, exclude)
-        ranks.append(target_ranks(ranked, batch.targets)[real])
+        try:
+            ranks.append(target_ranks(ranked, batch.targets)[real])
+        except ValueError as error:
+            raise UserError(f"evaluation on {dataset.path}, split {split}: {error}") from error
         masked_targets += int((batch.seen == batch.targets[:, None])[real].any(axis=1).sum())
         for cutoff, items in shown.items():
             items[ranked.item_ids[real, :cutoff].ravel()] = True
@@ -73,7 +78,7 @@ def evaluate(
         "order": dataset.manifest["order"],
         "unit": "fractions",
         "unhittable_share": masked_targets / done if seen == "mask" else 0.0,
-        "history_items": max_items,
+        "history": history or f"newest {max_items} items",
     }
     return {"metrics": metrics, "protocol": protocol, "users": done}
 

@@ -34,6 +34,7 @@ class Estimate:
     parameters: int
     trained_parameters: int
     num_items: int
+    precision: str
 
     @property
     def total(self) -> int:
@@ -48,7 +49,8 @@ class Estimate:
         rows = [f"  {name:<22}{size / 2**30:>10.3f} GiB{size:>20,} bytes" for name, size in self.parts.items()]
         rows.append(f"  {'total':<22}{self.total / 2**30:>10.3f} GiB{self.total:>20,} bytes")
         return (
-            f"{self.parameters:,} parameters, {self.trained_parameters:,} of them trained; {self.num_items:,} items\n"
+            f"{self.parameters:,} parameters, {self.trained_parameters:,} of them trained; "
+            f"{self.precision}, {self.num_items:,} items\n"
             + "\n".join(rows)
             + "\nexact for parameters, gradients and optimiser; activations and the program's temporaries come on top"
         )
@@ -61,8 +63,9 @@ def estimate(config: TrainConfig, llama: LlamaConfig, scale: Scale) -> Estimate:
     """
     if config.precision == "auto":
         config = dataclasses.replace(config, precision="bfloat16")
-    program, _ = abstract_program(resolve(config, llama, scale), llama, scale.num_items)
-    trained, frozen = nnx.State.merge(*program.state.params), program.frozen
+    config = resolve(config, llama, scale)
+    program, _ = abstract_program(config, llama, scale.num_items)
+    trained, frozen = nnx.merge_state(*program.state.params), program.frozen
     trained_llama, trained_items = nnx.split_state(trained, in_llama, ...)
     frozen_llama, frozen_rest = nnx.split_state(frozen, in_llama, ...)
     parts = {
@@ -75,7 +78,7 @@ def estimate(config: TrainConfig, llama: LlamaConfig, scale: Scale) -> Estimate:
     }
     count = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves((trained, nnx.filter_state(frozen, nnx.Param))))
     trained_count = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(trained))
-    return Estimate(parts, count, trained_count, scale.num_items)
+    return Estimate(parts, count, trained_count, scale.num_items, config.precision)
 
 
 def abstract_program(config: TrainConfig, llama: LlamaConfig, num_items: int) -> tuple[Program, Phase]:

@@ -40,11 +40,13 @@ class LossSum(NamedTuple):
     Attributes:
         total: Σ of the loss over targets, float32; what is minimised is total / weight.
         weight: the number (or weight) of targets in the batch.
+        items: how many items were predicted: what a run's items/s counts.
         metrics: further sums by name, each with its own weight: reported as Σ value / Σ weight.
     """
 
     total: jax.Array
     weight: jax.Array
+    items: jax.Array
     metrics: Mapping[str, tuple[jax.Array, jax.Array]]
 
 
@@ -57,7 +59,7 @@ class Phase:
         groups: (filter, optimiser) pairs; the first filter that matches a parameter owns it, and a parameter in no
             group is frozen: never differentiated, returned, decayed or checkpointed twice.
         batch_spec: shape and dtype of each array of a batch: enough to compile and plan without data.
-        batches: (seed, start_step, rows) → endless iterator over batches (NumPy, fixed shapes), a pure function of
+        batches: (seed, start_step) → endless iterator over batches (NumPy, fixed shapes), a pure function of
             its arguments: the batch of step s is the same wherever the iteration started.
         loss: (model, batch, key, step) → LossSum; traced, so loss weights may follow `step`.
         num_steps: optimiser steps.

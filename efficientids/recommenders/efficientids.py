@@ -52,6 +52,13 @@ class EfficientIDSSpec:
         """Plain values, for `model.json`."""
         return dataclasses.asdict(self)
 
+    @property
+    def history(self) -> str:
+        """What of a history the model looks at, in words: part of the evaluation protocol."""
+        if not self.title_tokens:
+            return f"newest {self.max_seq_len} items"
+        return f"newest items that fit with their titles into {self.seq_len} positions, at most {self.max_seq_len}"
+
     @staticmethod
     def from_json(values: dict[str, Any]) -> EfficientIDSSpec:
         """The inverse of `to_json`.
@@ -108,11 +115,11 @@ class EfficientIDS:
         training: Training | None = None,
     ) -> None:
         self.spec, self._compute, self._init = spec, compute, init
-        self._clusters, self._titles, self._training = clusters, titles, training
+        self._clusters, self.titles, self._training = clusters, titles, training
 
     def init(self, key: jax.Array) -> TitledModel:
         """The whole system at its start."""
-        spec, clusters, titles = self.spec, self._clusters, self._titles
+        spec, clusters, titles = self.spec, self._clusters, self.titles
         if clusters is None and spec.num_clusters:
             clusters = _blank_clusters(spec)
         if titles is None and spec.title_tokens:
@@ -194,13 +201,13 @@ class EfficientIDS:
         weight = self.spec.text_loss_weight
         parts = model.loss(sequence, self.spec.max_seq_len, with_text=weight > 0, key=key)
         if not weight:
-            return LossSum(parts.item_loss, parts.num_items, {})
+            return LossSum(parts.item_loss, parts.num_items, parts.num_items, {})
         metrics = {
             "item_loss": (parts.item_loss, parts.num_items),
             "text_loss": (parts.text_loss, parts.num_tokens),
         }
         total = parts.item_loss + weight * parts.text_loss
-        return LossSum(total, parts.num_items + weight * parts.num_tokens, metrics)
+        return LossSum(total, parts.num_items + weight * parts.num_tokens, parts.num_items, metrics)
 
 
 def _blank_clusters(spec: EfficientIDSSpec) -> Clusters:

@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal
 
 import tyro
 
@@ -27,12 +28,14 @@ class RecommendConfig:
     """The Parquet file to write: user_id, rank, item_id, title, score (log-probability)."""
     users: str = "all"
     """`all`, or a file with one external user id a line."""
+    data_dir: Path | None = None
+    """Where the run's data set is now. Default: where it was."""
     k: int = 10
     """Items a user."""
     step: int | None = None
     """Which checkpoint. Default: the best by validation NDCG@10."""
-    seen: bool = False
-    """Also recommend items of the user's history."""
+    seen: Literal["mask", "keep"] = "mask"
+    """Whether items of the user's history may be recommended."""
     batch_size: int = 256
     """Users at a time."""
     overwrite: bool = False
@@ -46,12 +49,14 @@ def main(arguments: Sequence[str]) -> int:
     config = tyro.cli(RecommendConfig, args=arguments, prog="efficientids recommend", use_underscores=True)
     if config.k < 1 or config.batch_size < 1:
         raise UserError(f"--k {config.k}, --batch_size {config.batch_size}: at least 1")
+    if config.output.is_dir():
+        raise UserError(f"--output {config.output} is a folder; give a file")
     if config.output.exists() and not config.overwrite:
         raise UserError(f"--output {config.output} exists; give another file, or --overwrite")
     if not config.output.parent.is_dir():
         raise UserError(f"--output {config.output}: no folder {config.output.parent}")
     loaded = open_run(config.run, config.step)
-    dataset = loaded.dataset()
+    dataset = loaded.dataset(config.data_dir)
     if config.k > dataset.catalogue_size:
         raise UserError(f"--k {config.k}: the catalogue has {dataset.catalogue_size} items")
     users = chosen_users(dataset, config.users)
@@ -63,7 +68,7 @@ def main(arguments: Sequence[str]) -> int:
         users,
         k=config.k,
         max_items=loaded.system.spec.max_seq_len,
-        keep_seen=config.seen,
+        keep_seen=config.seen == "keep",
         batch_size=config.batch_size,
         progress=progress("recommended for", sys.stderr),
     )

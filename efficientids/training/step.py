@@ -114,7 +114,7 @@ def _make_step(
             updates, o = tx.update(g, o, p)
             params.append(optax.apply_updates(p, updates))
             opt_states.append(o)
-        metrics = {"loss": loss.total / weight, "targets": loss.weight, "grad_norm": norm}
+        metrics = {"loss": loss.total / weight, "targets": loss.items, "grad_norm": norm}
         metrics |= {name: value / jnp.maximum(w, 1e-9) for name, (value, w) in loss.metrics.items()}
         return TrainState(state.step + 1, tuple(params), tuple(opt_states)), metrics
 

@@ -176,17 +176,17 @@ def test_two_stages_frozen_then_full(
 ) -> None:
     first = frozen_run(trained)
     named = form.format(run=first)
-    # One step at a rate of 1e-5: what it started from shows.
+    # One step (so at the end of the schedule, a tenth of 1e-5): what it started from shows.
     second = second_stage(named, tmp_path / "stage2", tiny_data, weights)
     start, loaded = open_run(named), open_run(second)
     assert start.step == (best_step(first) if form == "{run}" else 2)
     assert loaded.step == 1 and loaded.description["frozen_weights"] is None
     differences = jax.tree.map(lambda a, b: jnp.abs(a - b).max(), start.params, loaded.params)
     moved = {path: float(value[...]) for path, value in nnx.to_flat_state(differences)}
-    assert max(moved.values()) < 3e-5
+    assert max(moved.values()) < 3e-6
     # Adam's first step has the rate's size wherever there is a gradient, in the Llama too: the optimiser is fresh.
-    assert moved["llama", "norm", "scale"] == pytest.approx(1e-5, rel=0.05)
-    assert moved["items", "table_NE"] == pytest.approx(1e-5, rel=0.05)
+    assert moved["llama", "norm", "scale"] == pytest.approx(1e-6, rel=0.2)
+    assert moved["items", "table_NE"] == pytest.approx(1e-6, rel=0.2)
 
 
 def test_a_bfloat16_base_becomes_float32_masters(trained: Trained, tmp_path: Path) -> None:

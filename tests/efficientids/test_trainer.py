@@ -40,7 +40,7 @@ def toy_loss(model: Toy, batch: Batch, key: jax.Array, step: jax.Array) -> LossS
     """Squared error of each target; row r has `n[r]` of them. The key moves the inputs, as dropout would."""
     x_RW = batch["x"] * (1 + 0.01 * jax.random.normal(key, batch["x"].shape))
     errors_R = ((model.w[...] * x_RW).sum(axis=1) - 1) ** 2
-    return LossSum((errors_R * batch["n"]).sum(), batch["n"].sum(), {})
+    return LossSum((errors_R * batch["n"]).sum(), batch["n"].sum(), batch["n"].sum(), {})
 
 
 def toy_batches(seed: int, start_step: int) -> Iterator[Batch]:
@@ -132,7 +132,7 @@ def test_a_checkpoint_is_unmoved_by_steps_taken_while_it_is_written(tmp_path: Pa
     size = 1 << 20
     phase = dataclasses.replace(
         ToySystem(num_steps=50, learning_rate=1.0).plan()[0],
-        loss=lambda model, *_: LossSum((model.w[...] ** 2).sum(), jnp.ones(()), {}),
+        loss=lambda model, *_: LossSum((model.w[...] ** 2).sum(), jnp.ones(()), jnp.ones(()), {}),
     )
     program = build_program(Toy(size), phase, accumulation=1, grad_clip=0.0)
     state, batch, key = program.state, {"n": np.ones(1, np.float32)}, jax.random.key(0)
@@ -180,7 +180,7 @@ def spoiled(kind: str) -> ToySystem:
             yield {**batch, "x": x} if step == 5 else batch
 
     def root(model: Toy, batch: Batch, key: jax.Array, step: jax.Array) -> LossSum:
-        return LossSum(jnp.sqrt(jnp.abs(model.w[...] * batch["x"])).sum(), batch["n"].sum(), {})
+        return LossSum(jnp.sqrt(jnp.abs(model.w[...] * batch["x"])).sum(), batch["n"].sum(), batch["n"].sum(), {})
 
     return ToySystem(num_steps=8, batches=batches, loss=toy_loss if kind == "loss" else root)
 
@@ -223,4 +223,4 @@ def test_the_logged_loss_is_the_mean_over_targets_since_the_last_line(tmp_path: 
 
 def toy_loss_without_key(w: Any, batch: Batch) -> LossSum:
     errors_R = ((w * batch["x"]).sum(axis=1) - 1) ** 2
-    return LossSum((errors_R * batch["n"]).sum(), batch["n"].sum(), {})
+    return LossSum((errors_R * batch["n"]).sum(), batch["n"].sum(), batch["n"].sum(), {})

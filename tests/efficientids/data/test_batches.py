@@ -79,15 +79,33 @@ def test_rows_are_windows_of_the_train_history(eleven: Dataset) -> None:
             np.testing.assert_array_equal(times[:length], eleven.history_times(int(user), "train")[start:][:length])
             assert not item_ids[length:].any() and not times[length:].any()
     assert set(starts[2]) == {0}
-    longest = starts[10]  # 12 items, windows of 5: 8 places, each 7.5 ± 2.6 times of 60
+    longest = starts[10]  # 12 items, windows of 5: 15 draws of the end, clipped to the 8 places
     assert set(longest) == set(range(8))
-    assert all(count <= 20 for count in longest.values())
+    assert 8 <= longest[0] and 8 <= longest[7], "the oldest and the newest window come up as often as their items need"
 
 
-def test_last_window_is_the_newest_end(eleven: Dataset) -> None:
-    for batch in _take(eleven, 3, window="last"):
+def test_every_item_has_about_the_same_chance(eleven: Dataset) -> None:
+    """Of a long history, the newest and the oldest item are in a window as often as the middle ones, or nearly."""
+    seen = np.zeros(12)
+    for batch in _take(eleven, 600, batch_size=11):
         for item_ids, length, user in zip(batch["item_ids"], batch["lengths"], batch["user"], strict=True):
-            np.testing.assert_array_equal(item_ids[:length], eleven.history(int(user), "train")[-5:])
+            if user == 10:
+                start = item_ids[0] - eleven.history(10, "train")[0]  # its items rise by one
+                seen[start : start + length] += 1
+    chances = seen / 600
+    assert chances.min() > 0.2
+    assert chances[-1] == pytest.approx(chances[0], abs=0.1)
+
+
+def test_fewer_window_items_reach_every_end_of_a_short_history(eleven: Dataset) -> None:
+    """Where only 2 of 5 items are looked at (text takes the room), a row ends anywhere from its second item on."""
+    ends = set()
+    for batch in _take(eleven, 200, window_items=2):
+        for item_ids, length, user in zip(batch["item_ids"], batch["lengths"], batch["user"], strict=True):
+            if user == 2:
+                np.testing.assert_array_equal(item_ids[:length], eleven.history(2, "train")[:length])
+                ends.add(int(length))
+    assert ends == set(range(2, len(eleven.history(2, "train")) + 1))
 
 
 def test_transform_makes_the_rows(eleven: Dataset) -> None:

@@ -1,0 +1,1 @@
+"""Memory before anything runs; compiling for a GPU that is not there."""

@@ -1,0 +1,1 @@
+"""Optimiser, the step, the loop over phases."""
