@@ -8,6 +8,7 @@ lives on the host and one on the device.
 from __future__ import annotations
 
 import functools
+import logging
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
@@ -33,6 +34,8 @@ from core.weight_files import (
     open_weight_file,
 )
 
+_log = logging.getLogger(__name__)
+
 _ACCESS = (
     "set HF_TOKEN to the token of an account that has accepted the licence at {page}, or give a folder by --weights"
 )
@@ -47,29 +50,34 @@ class LlamaLoader:
 
     Args:
         model_size: such as "1b"; its weights come from the Hugging Face hub or its cache. The token is read from
-            HF_TOKEN or the cache, never given here.
+            HF_TOKEN or the cache, never given here. "tiny" (the default, without a path) has no published weights: it
+            starts at random, and a log line says so.
         path: a folder with `config.json` and weights; exclusive with `model_size`.
         revision: branch, tag or commit on the hub; with `model_size` only.
+        random_weights: start a published size at random, too.
 
     Raises:
-        ValueError: both or neither of size and path, an unknown size, a revision of a path.
-        WeightsNotFound: the size has no published weights ("tiny").
+        ValueError: both size and path, an unknown size, a revision or random weights of a path.
     """
 
     def __init__(
-        self, model_size: str | None = None, *, path: str | Path | None = None, revision: str | None = None
+        self,
+        model_size: str | None = None,
+        *,
+        path: str | Path | None = None,
+        revision: str | None = None,
+        random_weights: bool = False,
     ) -> None:
-        if (model_size is None) == (path is None):
+        if model_size is not None and path is not None:
             raise ValueError(f"LlamaLoader takes model_size or path, one of them: got {model_size!r} and {path!r}")
-        if revision is not None and path is not None:
-            raise ValueError(f"revision {revision!r} is of the hub; the folder {path} has none")
+        if path is not None and (revision is not None or random_weights):
+            raise ValueError(f"revision and random_weights are of a size; the folder {path} has its own weights")
+        if path is None and model_size is None:
+            model_size = "tiny"
         if model_size is not None and model_size not in LLAMA_SIZES:
             raise ValueError(f"Llama size {model_size!r}: choose one of {', '.join(LLAMA_SIZES)}")
-        if model_size is not None and LLAMA_SIZES[model_size].hf_id is None:
-            raise WeightsNotFound(
-                f"Llama size {model_size!r} has no published weights: it starts at random (see random_model)"
-            )
         self.model_size, self.path, self.revision = model_size, path, revision
+        self.starts_at_random = random_weights or (model_size is not None and LLAMA_SIZES[model_size].hf_id is None)
 
     def load_model(
         self, *, param_dtype: Any = None, dtype: Any = jnp.float32, remat: str = "none"
@@ -77,7 +85,8 @@ class LlamaLoader:
         """Loads the weights onto the default device.
 
         Args:
-            param_dtype: of the parameters; None: as the files have it (the widest, where they differ).
+            param_dtype: of the parameters; None: as the files have it (the widest, where they differ), float32 at
+                random.
             dtype: of the computation.
             remat: a name of `core.llama.REMAT_POLICIES`.
 
@@ -92,6 +101,8 @@ class LlamaLoader:
             CheckpointCorrupt: a damaged file.
             CheckpointError: `.bin` weights without torch.
         """
+        if self.starts_at_random:
+            return self._random(param_dtype, Compute(dtype, remat))
         folder = self.folder()
         config = LlamaConfig.from_hf(folder)
         files = find_weight_files(folder)
@@ -102,8 +113,20 @@ class LlamaLoader:
         model, abstract = abstract_model(config, Compute(dtype, remat), Init(param_dtype=param_dtype))
         return model, _fill(folder, files, config, abstract), config
 
+    def _random(self, param_dtype: Any, compute: Compute) -> tuple[FunctionalModel, nnx.State, LlamaConfig]:
+        assert self.model_size is not None
+        _log.warning("Llama %s starts at random: no pretrained weights are loaded", self.model_size)
+        config = LLAMA_SIZES[self.model_size].config
+        init = Init(param_dtype=jnp.float32 if param_dtype is None else param_dtype)
+        model, params = random_model(config, jax.random.key(0), compute=compute, init=init)
+        return model, params, config
+
     def folder(self) -> Path:
-        """The folder of the weights, downloaded if need be."""
+        """The folder of the weights, downloaded if need be.
+
+        Raises:
+            WeightsNotFound: no such folder, no access, or a size without published weights.
+        """
         if self.path is not None:
             if not Path(self.path).is_dir():
                 page = "https://huggingface.co/<the model's id>"
@@ -114,7 +137,8 @@ class LlamaLoader:
             return Path(self.path)
         assert self.model_size is not None
         repo = LLAMA_SIZES[self.model_size].hf_id
-        assert repo is not None
+        if repo is None:
+            raise WeightsNotFound(f"Llama size {self.model_size!r} has no published weights: it starts at random")
         try:
             return _download(repo, self.revision)
         except Exception as error:  # the hub's client raises those of its HTTP library too, which differs by version

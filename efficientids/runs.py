@@ -18,7 +18,7 @@ import shutil
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +68,10 @@ class RunFolder:
         if held:
             shown = ", ".join(held[:4]) + (", …" if len(held) > 4 else "")
             raise UserError(f"--checkpoint_dir {path} is not empty ({shown}); give a new folder for the run")
-        path.mkdir(parents=True, exist_ok=True)
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"--checkpoint_dir {path} cannot be made: {error}; give another folder") from error
         return RunFolder(path)
 
     @contextmanager
@@ -77,7 +80,10 @@ class RunFolder:
         try:
             yield
         except BaseException:
-            shutil.rmtree(self.path)
+            for entry in self.path.iterdir():
+                shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+            with suppress(OSError):  # a link, or where the process stands
+                self.path.rmdir()
             raise
 
     @staticmethod

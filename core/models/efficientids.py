@@ -128,9 +128,16 @@ class LlamaEfficientIDSModel(nnx.Module):
             `top_k_items` int32 [B, k] and `top_k_scores` float32 [B, k], exact log-probabilities, best first (0 and −∞
             where fewer items remain); with `return_logits`, `logits` float32 [B, N + 1]: the log-probability of each
             item at the last position (−∞ at 0).
+
+        Raises:
+            ValueError: `training`, or ids out of range. Under `jax.jit` ids are not known: there, gathers clamp.
         """
         if training:
             raise ValueError("training=True: use LlamaEfficientIDSModel.loss; __call__ is inference")
+        _check_ids("item_ids", item_ids, self.config.num_items)
+        _check_ids("input_ids", input_ids, self.config.llama.vocab_size - 1)
+        if exclude is not None:
+            _check_ids("exclude", exclude, self.config.num_items)
         row_length = jnp.full(item_ids.shape[:1], item_ids.shape[1], jnp.int32) if lengths is None else lengths
         last_BD = self.last_hidden(Woven(input_ids, item_ids, jnp.asarray(item_mask, bool), row_length))
         scores_Bk, items_Bk = self.top_k(last_BD, top_k, exclude)
@@ -252,6 +259,15 @@ class LlamaEfficientIDSModel(nnx.Module):
     def _clusters(self) -> Clusters:
         assert self.clusters is not None
         return Clusters(**{name: buffer[...] for name, buffer in self.clusters.items()})
+
+
+def _check_ids(name: str, ids: Array, largest: int) -> None:
+    """Refuses ids outside 0 … largest; a gather would take another row without a word."""
+    if isinstance(ids, jax.core.Tracer) or ids.size == 0:
+        return
+    low, high = int(jnp.min(ids)), int(jnp.max(ids))
+    if low < 0 or high > largest:
+        raise ValueError(f"{name}: ids {low} … {high}, expected 0 … {largest}")
 
 
 def _shift(x_BT: Array) -> Array:

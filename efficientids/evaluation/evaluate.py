@@ -70,17 +70,21 @@ def evaluate(
         raise UserError(f"{dataset.path}: no user has a target in split {split!r}; leave-one-out needs 3 interactions")
     metrics = ranking_metrics(np.concatenate(ranks), cutoffs)
     metrics |= {f"coverage@{c}": float(items[1:].sum() / dataset.catalogue_size) for c, items in shown.items()}
-    protocol = {
+    protocol = _protocol(dataset, split, seen, history or f"newest {max_items} items")
+    protocol["unhittable_share"] = masked_targets / done if seen == "mask" else 0.0
+    return {"metrics": metrics, "protocol": protocol, "users": done}
+
+
+def _protocol(dataset: Dataset, split: str, seen: Seen, history: str) -> dict[str, Any]:
+    return {
         "split": f"leave-one-out, {split}",
         "candidates": f"full catalogue, {dataset.catalogue_size} items",
         "seen": seen,
         "ties": "against the model",
         "order": dataset.manifest["order"],
         "unit": "fractions",
-        "unhittable_share": masked_targets / done if seen == "mask" else 0.0,
-        "history": history or f"newest {max_items} items",
+        "history": history,
     }
-    return {"metrics": metrics, "protocol": protocol, "users": done}
 
 
 def as_text(result: dict[str, Any]) -> str:

@@ -163,6 +163,14 @@ def test_training_flag_points_to_loss() -> None:
         make()(ones, ones, ones, training=True)
 
 
+@pytest.mark.parametrize(("name", "value"), [("item_ids", 12), ("item_ids", -1), ("input_ids", 40), ("exclude", 12)])
+def test_ids_out_of_range_are_refused(name: str, value: int) -> None:
+    inputs = {key: jnp.ones((1, 2), jnp.int32) for key in ("input_ids", "item_ids", "item_mask", "exclude")}
+    inputs[name] = inputs[name].at[0, 1].set(value)
+    with pytest.raises(ValueError, match=rf"{name}: ids .*{value}.*expected 0"):
+        make()(**inputs)
+
+
 def test_two_level_without_clusters_is_refused() -> None:
     with pytest.raises(ValueError, match="needs clusters"):
         LlamaEfficientIDSModel(EfficientIDSConfig(LLAMA, ITEMS, head="two_level"), jax.random.key(0))

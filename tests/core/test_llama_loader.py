@@ -265,16 +265,22 @@ def test_nothing_there(tmp_path: Path) -> None:
 
 
 def test_arguments(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="one of them: got None and None"):
-        LlamaLoader()
     with pytest.raises(ValueError, match="one of them: got '1b' and"):
         LlamaLoader("1b", path=tmp_path)
-    with pytest.raises(ValueError, match="revision 'main'"):
+    with pytest.raises(ValueError, match="revision and random_weights are of a size"):
         LlamaLoader(path=tmp_path, revision="main")
     with pytest.raises(ValueError, match=r"tinyllama-1\.1b"):
         LlamaLoader("2b")
     with pytest.raises(WeightsNotFound, match="'tiny' has no published weights"):
-        LlamaLoader("tiny")
+        LlamaLoader("tiny").folder()
+
+
+def test_tiny_is_the_default_and_starts_at_random_saying_so(caplog: pytest.LogCaptureFixture) -> None:
+    model, params, config = LlamaLoader().load_model()
+    assert config == TINY
+    assert "tiny starts at random" in caplog.text
+    assert model.apply(params, input_ids=np.zeros((1, 3), np.int32)).shape == (1, 3, TINY.vocab_size)
+    assert LlamaLoader("1b", random_weights=True).starts_at_random
 
 
 # A random start, and the checksum

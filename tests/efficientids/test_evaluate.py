@@ -163,7 +163,7 @@ def test_seen_items_are_excluded_only_where_they_are_masked(dataset: Dataset) ->
 
 def test_nan_scores_fail(dataset: Dataset) -> None:
     broken = Table(np.full((ITEMS + 1, ITEMS + 1), np.nan))
-    with pytest.raises(ValueError, match="NaN"):
+    with pytest.raises(UserError, match=r"split test: .*NaN"):
         evaluate(broken, nnx.Module(), dataset, "test", seen="keep", max_items=MAX_ITEMS, cutoffs=CUTOFFS)
 
 
