@@ -55,8 +55,17 @@ class Scale:
 
     @staticmethod
     def of(dataset: Dataset) -> Scale:
-        """The scale of a prepared data set."""
-        return Scale(dataset.catalogue_size, len(training_users(dataset)), dataset.path)
+        """The scale of a prepared data set.
+
+        Raises:
+            UserError: nobody to train on, or nobody to evaluate on: better now than after the first steps.
+        """
+        users = len(training_users(dataset))
+        if not users:
+            raise UserError(f"{dataset.path}: no user has 2 items to train on; prepare a data set with more")
+        if not (dataset.targets("validation") > 0).any():
+            raise UserError(f"{dataset.path}: no user has 3 interactions, which leave-one-out needs; prepare more")
+        return Scale(dataset.catalogue_size, users, dataset.path)
 
 
 def resolve(config: TrainConfig, llama: LlamaConfig, scale: Scale) -> TrainConfig:

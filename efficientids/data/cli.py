@@ -10,7 +10,7 @@ from typing import Literal
 
 import tyro
 
-from efficientids.data import generated
+from efficientids.data import generated, layout
 from efficientids.data.download import download as fetch
 from efficientids.data.layout import Contents
 from efficientids.data.movielens import read_movielens
@@ -58,6 +58,7 @@ def prepare(config: PrepareConfig) -> int:
     else:
         contents, report = _movielens(config)
         write_dataset(config.output, contents, overwrite=config.overwrite)
+    (config.output / layout.REPORT).write_text(report.to_json() + "\n")
     print(report.to_json() if config.json else f"{report.to_text()}\nWritten to {config.output}")
     return 0
 

@@ -26,6 +26,7 @@ from efficientids.errors import UserError
 FORMAT = "efficientids-dataset"
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
+REPORT = "report.json"  # what was dropped and why; beside the data set, not of it
 ITEMS, USERS = "items.parquet", "users.parquet"
 ITEM_IDS, TIMESTAMPS, OFFSETS = "item_ids.npy", "timestamps.npy", "offsets.npy"
 DTYPES = {ITEM_IDS: np.dtype(np.int32), TIMESTAMPS: np.dtype(np.int64), OFFSETS: np.dtype(np.int64)}

@@ -34,7 +34,7 @@ def check_destination(path: Path, overwrite: bool) -> None:
     try:
         manifest = json.loads((path / layout.MANIFEST).read_bytes())
         ours = manifest["format"] == layout.FORMAT
-        known = {layout.MANIFEST, *manifest["files"]}
+        known = {layout.MANIFEST, layout.REPORT, *manifest["files"]}
     except (OSError, ValueError, KeyError, TypeError):
         ours, known = False, set()
     if not ours:

@@ -127,6 +127,11 @@ def test_weights_of_another_shape_or_damaged(place: Place) -> None:
     assert "model.safetensors: not a complete safetensors file" in place.train_error()
 
 
+def test_weights_of_another_size_than_asked_for(place: Place) -> None:
+    message = place.train_error(llama_size="1b")
+    assert "--llama_size 1b" in message and "leave --llama_size out" in message
+
+
 def test_a_size_without_access_names_token_licence_page_and_flag(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")  # nobody listens there
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(place.here / "cache"))
@@ -170,14 +175,22 @@ def test_titles_without_a_tokenizer_or_without_titles(place: Place, tiny_data: D
     assert "have no titles" in place.train_error(**text, data_dir=untitled.path, tokenizer=place.here / "t.json")
 
 
-def test_too_little_data(place: Place, tiny_data: Dataset) -> None:
+@pytest.mark.parametrize(
+    ("histories", "message"),
+    [
+        ([[1], [2]], "no user has 2 items to train on"),
+        ([[1, 2, 3], [2]], "no user has 2 items to train on"),  # two of three are held out
+        ([[1, 2], [3, 4]], "no user has 3 interactions, which leave-one-out needs"),
+    ],
+)
+def test_too_little_data(place: Place, tiny_data: Dataset, histories: list[list[int]], message: str) -> None:
+    items = np.concatenate(histories).astype(np.int32)
     users = pl.DataFrame({"user": np.arange(2, dtype=np.int32), "user_id": ["a", "b"]})
-    contents = Contents(
-        "short", "test", tiny_data.items, users, np.array([1, 2], np.int32), np.array([5, 5]), np.arange(3),
-        tiny_data.manifest["order"], {},
-    )  # fmt: skip
+    offsets = np.cumsum([0, *map(len, histories)])
+    order = tiny_data.manifest["order"]
+    contents = Contents("short", "test", tiny_data.items, users, items, np.zeros(len(items), int), offsets, order, {})
     short = write_dataset(place.here / "short", contents)
-    assert "no user has 2 items to train on" in place.train_error(data_dir=short.path)
+    assert message in place.train_error(data_dir=short.path)
 
 
 def test_a_run_folder_that_cannot_be(place: Place) -> None:

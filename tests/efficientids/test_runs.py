@@ -71,6 +71,23 @@ def test_loaded_parameters_are_complete_and_recommend(trained: Trained) -> None:
     assert config.freeze_llama and config.num_steps == 4 and config.seq_len == 8
 
 
+def test_a_run_finds_data_that_moved_with_it_or_is_named(
+    trained: Trained, copy_of: Copy, tiny_data: Dataset, tmp_path: Path
+) -> None:
+    run = copy_of(frozen_run(trained))
+    shutil.copytree(tiny_data.path, run / "data")
+    description = json.loads((run / "model.json").read_text())
+    assert description["dataset"]["path"] == str(Path(tiny_data.path).resolve())
+    description["dataset"]["path"] = "data"  # as for a data set that the run made itself
+    (run / "model.json").write_text(json.dumps(description))
+    moved = open_run(run.rename(tmp_path / "moved"))
+    assert moved.dataset().path == tmp_path / "moved" / "data"
+    assert moved.dataset(Path(tiny_data.path)).path == tiny_data.path
+    other = generate(1, num_users=20, num_items=NUM_ITEMS + 1, shortest=5, longest=12).write(tmp_path / "other")
+    with pytest.raises(UserError, match="has other items than the data set of"):
+        moved.dataset(Path(other.path))
+
+
 def test_frozen_weights_are_referenced_and_not_saved(trained: Trained, weights: Path) -> None:
     frozen, full = frozen_run(trained), trained()
 

@@ -87,6 +87,14 @@ def test_flags_win_over_the_file_wherever_they_stand(order: str, tmp_path: Path)
     assert (config.seed, config.num_steps, config.freeze_llama) == (3, 10, False)
 
 
+def test_a_flag_wins_over_its_counterpart_in_the_file(tmp_path: Path) -> None:
+    file = yaml_file(tmp_path, {"epochs": 2, "batch_size": 16})
+    config = parse(["--config", str(file), "--num_steps", "9", "--batch_size_per_device=4"])
+    assert (config.num_steps, config.epochs, config.batch_size, config.batch_size_per_device) == (9, None, None, 4)
+    with pytest.raises(UserError, match="--num_steps and --epochs exclude"):
+        parse(["--config", str(file), "--num_steps", "9", "--epochs", "3"])
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -102,7 +110,7 @@ def test_flags_win_over_the_file_wherever_they_stand(order: str, tmp_path: Path)
         ("head: both\n", "head: expected one of auto, full, two_level, found 'both'"),
         ("num_steps: [1, 2]\n", r"num_steps: expected one value, found \[1, 2\]"),
         ("- seed\n", "expected `flag: value` lines, found list"),
-        ("", "expected `flag: value` lines, found NoneType"),
+        ("", "the file is empty"),
         ("seed: [", "cannot be read"),
     ],
 )
@@ -186,6 +194,9 @@ def test_what_the_rest_decides() -> None:
         ("--seq_len 3000", "--seq_len 3000: the Llama has max_position_embeddings 2048"),
         ("--max_seq_len 65", "--max_seq_len 65: .*--seq_len is 64"),
         ("--item_text title", "needs a tokenizer"),
+        ("--item_text title --tokenizer t --seq_len 34", "--seq_len 34: BOS and two items .* need 35 positions"),
+        ("--num_clusters 3417", "--num_clusters 3417: the catalogue has 3416 items"),
+        ("--item_dim 8 --item_rank 9", "--item_rank 9: item vectors have 8 dimensions"),
     ],
 )
 def test_what_the_llama_cannot_take(line: str, message: str) -> None:

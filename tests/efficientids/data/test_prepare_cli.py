@@ -40,6 +40,7 @@ def test_movielens_to_data_set(movielens: Path, tmp_path: Path, capsys: pytest.C
     assert dataset.history(0, "all").tolist() == [3, 2, 1]
     assert dataset.items["title"].to_list() == ["Film 1 (1999)", "Film 2 (1999)", "Film 3 (1999)"]
     assert dataset.manifest["filters"] == {"min_rating": 3.0, "core": 2}
+    assert json.loads((out / "report.json").read_text())["dropped"]["min_rating"] == 3
     with pytest.raises(UserError, match="give --overwrite"):
         _run(*flags)
     assert _run(*flags, "--order", "file", "--overwrite") == 0
