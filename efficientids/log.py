@@ -30,8 +30,10 @@ class RunLog:
         self._stream.flush()
         self._left_over = 0
 
-    def step(self, phase: str, step: int, num_steps: int, epoch: float, metrics: dict[str, float]) -> None:
-        """Takes one step's metrics (floats); `targets` counts what was predicted, the others are means over it."""
+    def step(
+        self, phase: str, step: int, num_steps: int, epoch: float, metrics: dict[str, float], earlier_steps: int = 0
+    ) -> None:
+        """Takes one step's metrics (floats); the file counts steps over all phases, the line within this one; `targets` counts what was predicted, the others are means over it."""
         targets = metrics["targets"]
         for name, value in metrics.items():
             if name != "targets":
@@ -44,7 +46,16 @@ class RunLog:
         means = {name: value / max(self._targets, 1e-9) for name, value in self._sums.items()}
         rate = self._targets / max(seconds, 1e-9)
         eta = (num_steps - step) * seconds / self._steps
-        self.record({"event": "step", "phase": phase, "step": step, "epoch": epoch, "items_per_s": rate, **means})
+        self.record(
+            {
+                "event": "step",
+                "phase": phase,
+                "step": earlier_steps + step,
+                "epoch": epoch,
+                "items_per_s": rate,
+                **means,
+            }
+        )
         shown = "  ".join(f"{name} {value:.4g}" for name, value in means.items())
         line = f"{phase} {step}/{num_steps}  epoch {epoch:.1f}  {shown}  {rate:,.0f} items/s  ETA {duration(eta)}"
         self._show(line)

@@ -14,6 +14,7 @@ from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax import Array
 
@@ -265,7 +266,8 @@ def _check_ids(name: str, ids: Array, largest: int) -> None:
     """Refuses ids outside 0 … largest; a gather would take another row without a word."""
     if isinstance(ids, jax.core.Tracer) or ids.size == 0:
         return
-    low, high = int(jnp.min(ids)), int(jnp.max(ids))
+    known = np.asarray(ids)  # not jnp: inside a trace it would trace, known ids or not
+    low, high = int(known.min()), int(known.max())
     if low < 0 or high > largest:
         raise ValueError(f"{name}: ids {low} … {high}, expected 0 … {largest}")
 

@@ -120,7 +120,7 @@ class _Loop:
                     "kept. Try a lower --learning_rate, more --warmup_steps, or --precision float32"
                 )
         epoch = step / self._phase.steps_per_epoch
-        self._log.step(self._phase.name, step, self._phase.num_steps, epoch, values)
+        self._log.step(self._phase.name, step, self._phase.num_steps, epoch, values, self._first)
 
     def _evaluate_and_save(self, step: int, state: TrainState) -> bool:
         """Validates and saves; True where the phase should end early."""

@@ -18,14 +18,13 @@ from efficientids import __main__ as application
 from efficientids.data.dataset import Dataset
 from efficientids.data.layout import Contents
 from efficientids.data.writing import write_dataset
-from efficientids.errors import UserError
 from efficientids.evaluation import cli as evaluate_cli
 from efficientids.runs import RunFolder
 from efficientids.serving import cli as recommend_cli
 from efficientids.train import main
 from tests.core.checkpoints import tensors_of, write
 from tests.efficientids.conftest import Trained
-from tests.efficientids.tiny import LLAMA, NUM_ITEMS, SMALL_JOB, flags
+from tests.efficientids.tiny import FROZEN, LLAMA, NUM_ITEMS, SMALL_JOB, flags
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
@@ -208,7 +207,7 @@ def test_a_run_folder_that_cannot_be(place: Place) -> None:
 
 
 def test_an_earlier_run_of_another_model_or_none(place: Place, trained: Trained) -> None:
-    earlier = trained("--freeze_llama")
+    earlier = trained(*FROZEN)
     message = place.train_error("--head=two_level", load_checkpoint=earlier)
     assert message.splitlines()[0].endswith("is a checkpoint of another model (its value ≠ this run's):")
     assert "  model.head: full ≠ two_level\n" in message
@@ -220,7 +219,7 @@ def test_an_earlier_run_of_another_model_or_none(place: Place, trained: Trained)
 def test_evaluate_and_recommend_need_a_run_and_its_data(place: Place, trained: Trained, command: Command) -> None:
     output = ["--output", place.here / "recs.parquet"] if command is recommend_cli.main else []
     assert "is not a run folder" in place.error(command, "--run", place.here, *output)
-    run = shutil.copytree(trained("--freeze_llama"), place.here / "run")
+    run = shutil.copytree(trained(*FROZEN), place.here / "run")
     assert "it has 2, 4" in place.error(command, "--run", run, "--step", 3, *output)
     description = json.loads((run / "model.json").read_text())
     description["dataset"]["path"] = str(place.here / "moved")
@@ -229,28 +228,3 @@ def test_evaluate_and_recommend_need_a_run_and_its_data(place: Place, trained: T
     none = place.here / "none"
     assert "none: no such folder" in place.error(command, "--run", run, "--data_dir", none, *output)
     assert not (place.here / "recs.parquet").exists()
-
-
-def test_the_console_script(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr("sys.argv", ["efficientids", "trian"])
-    assert application.main() == 2
-    assert capsys.readouterr().err == "error: unknown command 'trian'; one of prepare, train, evaluate, recommend\n"
-    monkeypatch.setattr("sys.argv", ["efficientids", "evaluate", "--run", "nowhere"])
-    assert application.main() == 2
-    assert capsys.readouterr().err.startswith("error: nowhere is not a run folder")
-    monkeypatch.setattr("sys.argv", ["efficientids"])
-    assert application.main() == 0
-    assert "recommend" in capsys.readouterr().out
-
-
-def test_only_what_a_person_can_mend_loses_its_traceback() -> None:
-    def raises(error: BaseException) -> Command:
-        def command(arguments: Sequence[str]) -> int:
-            raise error
-
-        return command
-
-    assert application.run(raises(UserError("mend this")), []) == 2
-    assert application.run(raises(KeyboardInterrupt()), []) == 130
-    with pytest.raises(RuntimeError, match="a bug"):
-        application.run(raises(RuntimeError("a bug")), [])

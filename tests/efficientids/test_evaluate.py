@@ -87,7 +87,8 @@ def table(ties: bool) -> Table:
 
 def by_loops(scores_NN: np.ndarray, dataset: Dataset, split: Any, seen: Seen) -> tuple[dict[str, float], float]:
     """The metrics and the share of unhittable targets, one user and one item at a time."""
-    sums, listed = dict.fromkeys([f"{m}@{k}" for k in CUTOFFS for m in ("hr", "ndcg", "mrr")], 0.0), {}
+    sums = dict.fromkeys([f"{m}@{k}" for k in CUTOFFS for m in ("hr", "ndcg", "mrr")], 0.0)
+    listed: dict[int, set[int]] = {}
     users = unhittable = 0
     for user in range(dataset.num_users):
         whole = dataset.history(user, "all").tolist()

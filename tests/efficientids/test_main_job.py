@@ -1,7 +1,8 @@
-"""The main job end to end on tiny data: train in every form, evaluate, recommend, estimate memory."""
+"""The main job end to end on tiny data: training in every form, its memory estimate, its command line."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import os
@@ -12,7 +13,6 @@ from typing import Any
 
 import jax
 import numpy as np
-import polars as pl
 import pytest
 import tokenizers
 import yaml
@@ -20,29 +20,22 @@ from flax import nnx
 
 import efficientids
 from core.functional import Buffer
+from efficientids import build, loading
 from efficientids.config import parse
 from efficientids.data.dataset import Dataset
 from efficientids.errors import UserError
-from efficientids.evaluation import cli as evaluate_cli
 from efficientids.loading import open_run
 from efficientids.planning.memory import abstract_program
 from efficientids.recommenders.base import in_llama
-from efficientids.serving import cli as recommend_cli
 from efficientids.train import main
 from efficientids.training.step import build_program
 from tests.conftest import ROOT
 from tests.efficientids.conftest import Trained
-from tests.efficientids.tiny import LLAMA, NUM_ITEMS, NUM_USERS, SMALL_JOB, flags
+from tests.efficientids.tiny import FROZEN, LLAMA, NUM_ITEMS, SMALL_JOB, events, flags
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
-FROZEN = ("--freeze_llama",)
 TWO_LEVEL = ("--head=two_level", "--output_tying=shared_mlp", "--gradient_accumulation=2")
-
-
-def events(run: Path, event: str) -> list[dict[str, Any]]:
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [line for line in lines if line["event"] == event]
 
 
 def check_run(run: Path) -> nnx.State:
@@ -60,13 +53,8 @@ def check_run(run: Path) -> nnx.State:
     return params
 
 
-def test_frozen_llama(trained: Trained, capsys: pytest.CaptureFixture[str]) -> None:
-    run = trained(*FROZEN)
-    check_run(run)
-    printed = capsys.readouterr().out
-    assert "pretrained, frozen, float32" in printed
-    assert "best possible on these users" in printed
-    assert printed.count("\nuser user-") == 3
+def test_frozen_llama(trained: Trained) -> None:
+    check_run(trained(*FROZEN))
 
 
 def test_two_level_head_with_shared_mlp_and_accumulation(trained: Trained) -> None:
@@ -75,6 +63,21 @@ def test_two_level_head_with_shared_mlp_and_accumulation(trained: Trained) -> No
     assert clusters["members_CM"][...].shape == (6, 5)
     assert sorted(clusters["members_CM"][...].ravel().tolist()) == list(range(1, NUM_ITEMS + 1))
     assert "output_adapter" not in params
+
+
+def test_a_second_stage_keeps_the_clusters_of_the_first(
+    trained: Trained, tiny_data: Dataset, weights: Path, tmp_path: Path
+) -> None:
+    earlier = open_run(trained(*TWO_LEVEL))
+    # Another seed would cluster otherwise: the vectors belong to the clusters that they were trained with.
+    config = dataclasses.replace(earlier.config, seed=5)
+    system = build.recommender(config, LLAMA, tiny_data, loading.clusters_of(earlier))
+    members = loading.adopt(earlier, system, config).clusters["members_CM"][...]
+    assert (members == earlier.params["clusters"]["members_CM"][...]).all()
+    np.save(tmp_path / "given.npy", np.arange(NUM_ITEMS) % 6)
+    stage = flags(load_checkpoint=earlier.run.path, data_dir=tiny_data.path, weights=weights, **SMALL_JOB)
+    with pytest.raises(UserError, match=r"is not the clustering that .* was trained with"):
+        main([*stage, *flags(clustering=tmp_path / "given.npy", checkpoint_dir=tmp_path / "new"), *TWO_LEVEL])
 
 
 def tokenizer(folder: Path, titles: list[str]) -> tokenizers.Tokenizer:
@@ -115,89 +118,6 @@ def test_the_same_flags_give_the_same_run(trained: Trained) -> None:
     assert rows[0] == rows[1] != rows[2]
     one, two = (jax.tree.leaves(efficientids.load_run(run, 4)[1]) for run in (first, again))
     assert all((a == b).all() for a, b in zip(one, two, strict=True))
-
-
-def evaluated(run: Path, capsys: pytest.CaptureFixture[str], *more: str) -> dict[str, Any]:
-    capsys.readouterr()
-    assert evaluate_cli.main(["--run", str(run), "--json", *more]) == 0
-    return json.loads(capsys.readouterr().out)
-
-
-def test_evaluate_command(trained: Trained, capsys: pytest.CaptureFixture[str]) -> None:
-    run = trained(*FROZEN)
-    result = evaluated(run, capsys)
-    assert {name: events(run, "test")[0][name] for name in result["metrics"]} == pytest.approx(result["metrics"])
-    assert result["users"] == NUM_USERS and result["dataset"] == "generated-0" and result["run"] == str(run)
-    protocol = {"split": "leave-one-out, test", "seen": "mask", "unit": "fractions", "ties": "against the model"}
-    assert protocol.items() <= result["protocol"].items()
-    assert 0 < result["best_possible"]["hr@10"] <= 1
-    kept = evaluated(run, capsys, "--seen", "keep", "--batch_size", "16")
-    assert kept["metrics"] != result["metrics"] and kept["protocol"]["seen"] == "keep"
-    for line in events(run, "validation"):
-        found = evaluated(run, capsys, "--split", "validation", "--step", str(line["step"]))
-        assert found["metrics"]["ndcg@10"] == pytest.approx(line["ndcg@10"])
-    assert evaluate_cli.main(["--run", str(run / "2")]) == 0
-    assert "leave-one-out, test: 60 users; ranked over the full catalogue, 30 items" in capsys.readouterr().out
-
-
-def recommended(run: Path, output: Path, *more: str) -> pl.DataFrame:
-    assert recommend_cli.main(["--run", str(run), "--output", str(output), *more]) == 0
-    return pl.read_parquet(output)
-
-
-def test_recommend_command(trained: Trained, tiny_data: Dataset, tmp_path: Path) -> None:
-    run, users = trained(*FROZEN), tmp_path / "users.txt"
-    wanted = ["user-0031", "user-0002", "user-0060"]
-    users.write_text("\n".join(wanted) + "\n")
-    table = recommended(run, tmp_path / "recs.parquet", "--users", str(users), "--k", "4")
-    assert table.columns == ["user_id", "rank", "item_id", "title", "score"]
-    assert table["user_id"].to_list() == [user for user in wanted for _ in range(4)]
-    assert table["rank"].to_list() == [1, 2, 3, 4] * 3
-    titles = dict(tiny_data.items.select("item_id", "title").iter_rows())
-    assert table["title"].to_list() == [titles[item] for item in table["item_id"]]
-    for user in wanted:
-        rows = table.filter(pl.col("user_id") == user)
-        assert rows["score"].is_sorted(descending=True) and (rows["score"] < 0).all()
-        seen = tiny_data.history(tiny_data.users["user_id"].to_list().index(user), "all")
-        assert not set(rows["item_id"]) & {f"film-{item:04d}" for item in seen}
-
-
-def test_recommend_for_all_with_fewer_items_left_than_asked_for(
-    trained: Trained, tiny_data: Dataset, tmp_path: Path
-) -> None:
-    table = recommended(trained(*FROZEN), tmp_path / "all.parquet", "--k", str(NUM_ITEMS), "--batch_size", "32")
-    left = NUM_ITEMS - np.diff(tiny_data.offsets)  # nothing is watched twice
-    counts = table.group_by("user_id", maintain_order=True).len()
-    assert counts["user_id"].to_list() == tiny_data.users["user_id"].to_list()
-    assert counts["len"].to_list() == left.tolist()
-    whole = recommended(trained(*FROZEN), tmp_path / "seen.parquet", "--k", str(NUM_ITEMS), "--seen", "keep")
-    assert len(whole) == NUM_USERS * NUM_ITEMS
-    # All items of a user: their probabilities sum to one.
-    sums = whole.group_by("user_id").agg(pl.col("score").exp().sum())["score"].to_numpy()
-    np.testing.assert_allclose(sums, 1, atol=1e-5)
-
-
-@pytest.mark.parametrize(
-    ("users", "more", "message"),
-    [
-        ("user-0001\nnobody\nno-one\n", [], r"2 ids are not in .*, first nobody, no-one"),
-        ("user-0001\nuser-0001\n", [], "user-0001 stands there more than once"),
-        ("\n", [], "the file names no user"),
-        (None, [], "expected `all` or a file"),
-        ("user-0001\n", ["--k", "0"], "--k 0"),
-        ("user-0001\n", ["--k", "31"], "the catalogue has 30 items"),
-        ("user-0001\n", ["--output", "{here}/none/recs.parquet"], "no folder"),
-        ("user-0001\n", ["--output", "{here}/users.txt"], r"exists; give another file, or --overwrite"),
-    ],
-)
-def test_recommend_refuses(trained: Trained, tmp_path: Path, users: str | None, more: list[str], message: str) -> None:
-    file = tmp_path / "users.txt"
-    if users is not None:
-        file.write_text(users)
-    given = [word.format(here=tmp_path) for word in more]
-    with pytest.raises(UserError, match=message):
-        recommended(trained(*FROZEN), tmp_path / "recs.parquet", "--users", str(file), *given)
-    assert not (tmp_path / "recs.parquet").exists()
 
 
 def estimated(capsys: pytest.CaptureFixture[str], *given: str) -> dict[str, Any]:
@@ -265,7 +185,9 @@ def test_the_command_line_says_nothing_of_devices_that_are_not_there(
     command = [sys.executable, str(ROOT / "train_llama.py"), *job, *FROZEN]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment, timeout=300)
     assert done.returncode == 0, done.stderr
-    assert "best checkpoint: step " in done.stdout
+    for words in ("pretrained, frozen, float32", "best checkpoint: step ", "best possible on these users"):
+        assert words in done.stdout
+    assert done.stdout.count("\nuser user-") == 3
     for word in ("cuda", "plugin", "traceback", "warning"):
         assert word not in done.stderr.lower(), done.stderr
     assert parse(["--config", str(tmp_path / "run" / "config.yaml")]).num_steps == SMALL_JOB["num_steps"]

@@ -1,8 +1,7 @@
-"""Run folders: loading them back, refusing damaged ones, frozen weights by reference, starting from an earlier run."""
+"""Run folders: loading them back, refusing damaged ones, frozen weights by reference."""
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import shutil
 from collections.abc import Callable
@@ -21,10 +20,11 @@ from efficientids.data.dataset import Dataset
 from efficientids.data.generated import generate
 from efficientids.errors import UserError
 from efficientids.loading import open_run
+from efficientids.runs import RunFolder
 from efficientids.train import main
-from tests.core.checkpoints import assert_same, tensors_of, write
+from tests.core.checkpoints import assert_same, tensors_of
 from tests.efficientids.conftest import Trained
-from tests.efficientids.tiny import LLAMA, NUM_ITEMS, SMALL_JOB, flags
+from tests.efficientids.tiny import FROZEN, LLAMA, NUM_ITEMS, best_step, flags
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
@@ -32,14 +32,7 @@ Copy = Callable[[Path], Path]
 
 
 def frozen_run(trained: Trained) -> Path:
-    return trained("--freeze_llama")
-
-
-def best_step(run: Path) -> int:
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    validations = [line for line in lines if line["event"] == "validation"]
-    # Of equals Orbax takes the later one.
-    return max(validations, key=lambda line: (line["ndcg@10"], line["step"]))["step"]
+    return trained(*FROZEN)
 
 
 def params_of(run: str | Path, step: int | None = None) -> nnx.State:
@@ -173,37 +166,21 @@ def test_what_is_no_run_or_has_no_such_step_is_refused(trained: Trained, copy_of
 
 
 def test_a_used_run_folder_is_refused_and_left_alone(trained: Trained, tiny_data: Dataset) -> None:
-    run = trained("--freeze_llama")
+    run = trained(*FROZEN)
     before = {file: file.stat().st_mtime_ns for file in run.rglob("*")}
     with pytest.raises(UserError, match=r"already holds a run; .*--load_checkpoint"):
         main(flags(checkpoint_dir=run, data_dir=tiny_data.path, num_steps=1))
     assert {file: file.stat().st_mtime_ns for file in run.rglob("*")} == before
 
 
-def second_stage(run: str, folder: Path, data: Dataset, weights: Path, *more: str) -> Path:
-    job = {**SMALL_JOB, "num_steps": 1, "learning_rate": 1e-5, "batch_size": 16}
-    given = flags(load_checkpoint=run, checkpoint_dir=folder, data_dir=data.path, weights=weights, **job)
-    assert main([*given, *more]) == 0
-    return folder
-
-
-@pytest.mark.parametrize("form", ["{run}", "{run}/2", "{run}/checkpoints/2"])
-def test_two_stages_frozen_then_full(
-    form: str, trained: Trained, tiny_data: Dataset, weights: Path, tmp_path: Path
-) -> None:
-    first = frozen_run(trained)
-    named = form.format(run=first)
-    # One step (so at the end of the schedule, a tenth of 1e-5): what it started from shows.
-    second = second_stage(named, tmp_path / "stage2", tiny_data, weights)
-    start, loaded = open_run(named), open_run(second)
-    assert start.step == (best_step(first) if form == "{run}" else 2)
-    assert loaded.step == 1 and loaded.description["frozen_weights"] is None
-    differences = jax.tree.map(lambda a, b: jnp.abs(a - b).max(), start.params, loaded.params)
-    moved = {path: float(value[...]) for path, value in nnx.to_flat_state(differences)}
-    assert max(moved.values()) < 3e-6
-    # Adam's first step has the rate's size wherever there is a gradient, in the Llama too: the optimiser is fresh.
-    assert moved["llama", "norm", "scale"] == pytest.approx(1e-6, rel=0.2)
-    assert moved["items", "table_NE"] == pytest.approx(1e-6, rel=0.2)
+def test_a_start_that_fails_leaves_nothing(tmp_path: Path) -> None:
+    run = RunFolder.create(tmp_path / "run")
+    with pytest.raises(KeyboardInterrupt), run.starting():
+        (run.path / "data").mkdir()
+        (run.path / "data" / "items").write_text("made")
+        run.metrics.write_text("{}")
+        raise KeyboardInterrupt
+    assert not run.path.exists()
 
 
 def test_a_bfloat16_base_becomes_float32_masters(trained: Trained, tmp_path: Path) -> None:
@@ -212,38 +189,9 @@ def test_a_bfloat16_base_becomes_float32_masters(trained: Trained, tmp_path: Pat
     wide, narrow = (open_run(run, llama_dtype=dtype).params["llama"] for dtype in (jnp.float32, jnp.bfloat16))
     assert narrow["embed_VD"][...].dtype == jnp.bfloat16
     assert (wide["embed_VD"][...] != narrow["embed_VD"][...]).any()
-    saved = nnx.State({"llama": nnx.State(narrow)})
+    saved: nnx.State = nnx.State({"llama": nnx.State(narrow)})
     with checkpoints.writer(tmp_path / "checkpoints") as writer:
         writer.save(1, saved, {"step": jnp.zeros(())}, {"ndcg@10": 0.0}, {})
     target = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.float32), saved)
     found = checkpoints.restore(tmp_path / "checkpoints", 1, target)
     assert_same(found, jax.tree.map(lambda leaf: leaf.astype(jnp.float32), saved))
-
-
-@pytest.mark.parametrize(
-    ("more", "message"),
-    [
-        (["--head=two_level"], r"another model.*\n  model\.head: full ≠ two_level\n  num_clusters: 0 ≠ 6"),
-        (["--item_dim=4"], r"model\.item_dim: 16 ≠ 4"),
-        (["--item_rank=2"], r"model\.item_rank: None ≠ 2"),
-        (["--output_tying=shared_mlp"], r"model\.output_tying: adapter ≠ shared_mlp"),
-    ],
-)
-def test_an_earlier_run_of_another_model_is_refused(
-    trained: Trained, tiny_data: Dataset, weights: Path, tmp_path: Path, more: list[str], message: str
-) -> None:
-    with pytest.raises(UserError, match=message):
-        second_stage(str(frozen_run(trained)), tmp_path / "new", tiny_data, weights, *more)
-
-
-def test_an_earlier_run_with_another_llama_is_refused(trained: Trained, tiny_data: Dataset, tmp_path: Path) -> None:
-    wider = dataclasses.replace(LLAMA, intermediate_size=32)
-    other = write(tmp_path / "llama", wider, tensors_of(wider))
-    with pytest.raises(UserError, match=r"model\.llama\.intermediate_size: 24 ≠ 32"):
-        second_stage(str(frozen_run(trained)), tmp_path / "new", tiny_data, other)
-
-
-def test_another_catalogue_is_refused(trained: Trained, weights: Path, tmp_path: Path) -> None:
-    other = generate(1, num_users=20, num_items=NUM_ITEMS, shortest=5, longest=12).write(tmp_path / "data")
-    with pytest.raises(UserError, match="another item table"):
-        second_stage(str(frozen_run(trained)), tmp_path / "new", other, weights)

@@ -96,6 +96,7 @@ def test_frozen_parameters_are_read_and_nothing_else() -> None:
     frozen_before, params_before = jax.tree.map(np.array, (made.frozen, made.state.params))
     compiled = made.step.lower(made.state, made.frozen, batch(), KEY).compile()
     memory = compiled.memory_analysis()
+    assert memory is not None
     written, frozen = size(made.state), size(made.frozen)
     assert frozen > 20_000
     # Outputs: the state and three metrics, with a pointer or a little alignment each, and nothing of the Llama's size.

@@ -115,6 +115,10 @@ def test_a_seed_decides_losses_and_parameters(tmp_path: Path) -> None:
     np.testing.assert_array_equal(restored(first, 6), restored(again, 6))
     assert rows(first, "step")[0]["loss"] != rows(other, "step")[0]["loss"]
     assert (restored(first, 6) != restored(other, 6)).any()
+    # The seed is of dropout too: over the same batches another one moves otherwise.
+    same_data = ToySystem(batches=lambda seed, start_step: toy_batches(5, start_step))
+    dropped = run_toy(tmp_path / "dropped", same_data, seed=6)[0]
+    assert rows(first, "step")[0]["loss"] != rows(dropped, "step")[0]["loss"]
 
 
 def test_the_latest_three_and_the_best_are_kept_as_they_were(tmp_path: Path) -> None:

@@ -81,7 +81,7 @@ def test_rows_are_windows_of_the_train_history(eleven: Dataset) -> None:
     assert set(starts[2]) == {0}
     longest = starts[10]  # 12 items, windows of 5: 15 draws of the end, clipped to the 8 places
     assert set(longest) == set(range(8))
-    assert 8 <= longest[0] and 8 <= longest[7], "the oldest and the newest window come up as often as their items need"
+    assert longest[0] >= 8 and longest[7] >= 8, "the oldest and the newest window come up as often as their items need"
 
 
 def test_every_item_has_about_the_same_chance(eleven: Dataset) -> None:
