@@ -33,7 +33,10 @@ class RunLog:
     def step(
         self, phase: str, step: int, num_steps: int, epoch: float, metrics: dict[str, float], earlier_steps: int = 0
     ) -> None:
-        """Takes one step's metrics (floats); the file counts steps over all phases, the line within this one; `targets` counts what was predicted, the others are means over it."""
+        """Takes one step's metrics (floats): `targets` counts what was predicted, the others are means over it.
+
+        The file counts steps over all phases, the printed line within this one.
+        """
         targets = metrics["targets"]
         for name, value in metrics.items():
             if name != "targets":
