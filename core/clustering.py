@@ -86,7 +86,7 @@ def from_assignment(assignment_N: np.ndarray, num_clusters: int) -> Clusters:
         )
     order = np.argsort(assignment, kind="stable")
     slots = np.arange(assignment.size) - np.repeat(np.cumsum(sizes) - sizes, sizes)
-    members = np.zeros((num_clusters, sizes.max()), np.int32)
+    members = np.zeros((num_clusters, np.max(sizes)), np.int32)
     members[assignment[order], slots] = order + 1
     slot_of_item = np.zeros(assignment.size + 1, np.int32)
     slot_of_item[order + 1] = slots

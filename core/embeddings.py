@@ -6,7 +6,7 @@ dimension, R rank, D the Llama's width.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -46,7 +46,7 @@ class ItemVectors(nnx.Module):
 class InputAdapter(nnx.Module):
     """Item space to the Llama's: Linear, GELU, Linear (E → D → D)."""
 
-    def __init__(self, item_dim: int, hidden_size: int, key: Array, std: float | None, param_dtype: jnp.dtype) -> None:
+    def __init__(self, item_dim: int, hidden_size: int, key: Array, std: float | None, param_dtype: Any) -> None:
         key_up, key_out = jax.random.split(key)
         self.up = Linear(key_up, (item_dim,), (hidden_size,), True, fan_in(item_dim, std, param_dtype))
         self.out = Linear(key_out, (hidden_size,), (hidden_size,), True, fan_in(hidden_size, std, param_dtype))
@@ -55,7 +55,7 @@ class InputAdapter(nnx.Module):
         return self.out(jax.nn.gelu(self.up(x)))
 
 
-def fan_in(inputs: int, std: float | None, param_dtype: jnp.dtype) -> Init:
+def fan_in(inputs: int, std: float | None, param_dtype: Any) -> Init:
     """How an adapter starts: normal(0, std), by default 1/√inputs so that magnitudes pass through unchanged."""
     return Init(inputs**-0.5 if std is None else std, param_dtype)
 

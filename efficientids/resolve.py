@@ -15,7 +15,8 @@ from efficientids.data.batches import training_users
 from efficientids.data.dataset import Dataset
 from efficientids.errors import UserError
 
-# From here on the two-level head is cheaper a position (see benchmarks/softmax.py for the measured table).
+# The full softmax is the plainer model and needs no clusters; its cost decides against it only for large catalogues
+# (benchmarks/softmax.py measures where: on a CPU the two-level head costs less at every size).
 TWO_LEVEL_FROM = 100_000
 # From this width on a layer's activations cost more memory than its recomputation costs time.
 REMAT_FROM_WIDTH = 1024

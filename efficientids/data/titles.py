@@ -42,7 +42,7 @@ def title_table(
     for row, encoding in zip(table[1:], encoded, strict=True):
         ids = encoding.ids[:max_tokens]
         row[: len(ids)] = ids
-    largest = max(int(table.max()), bos)
+    largest = max(int(np.max(table)), bos)
     if largest >= vocab_size:
         raise UserError(
             f"--tokenizer {tokenizer}: token id {largest}, the Llama's vocabulary has {vocab_size}; "
