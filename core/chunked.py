@@ -27,9 +27,12 @@ CPU_CHUNK_ROWS = 256
 once a chunk, costs more than that saves."""
 
 LossFn = Callable[[Any, Any], jax.Array]
+Empty = Callable[[Any], jax.Array] | None
 
 
-def chunked_sum(loss_fn: LossFn, params: Any, xs: Any, *, chunk_size: int) -> jax.Array:
+def chunked_sum(
+    loss_fn: LossFn, params: Any, xs: Any, *, chunk_size: int, empty: Callable[[Any], jax.Array] | None = None
+) -> jax.Array:
     """Σ over chunks of `loss_fn(params, x_chunk)`, holding the temporaries of one chunk at a time.
 
     Args:
@@ -38,6 +41,7 @@ def chunked_sum(loss_fn: LossFn, params: Any, xs: Any, *, chunk_size: int) -> ja
       params: pytree of arrays that every chunk sees whole. Integer and boolean leaves are constants.
       xs: pytree of arrays [T, ...] that are cut into chunks. Integer and boolean leaves are constants.
       chunk_size: rows of a chunk at most; static.
+      empty: x_chunk → whether the chunk's loss and gradients are zero whatever the parameters: it is then not computed.
 
     Returns:
       A float32 scalar. Under `jax.grad` the gradients of `params` are summed in float32 (each chunk's own gradient has
@@ -55,7 +59,7 @@ def chunked_sum(loss_fn: LossFn, params: Any, xs: Any, *, chunk_size: int) -> ja
         raise ValueError(
             f"chunked_sum: the leaves of xs have leading axes {sorted(map(str, lengths))}; give one length"
         )
-    return _chunked_sum(loss_fn, chunk_size, params, xs)
+    return _chunked_sum(loss_fn, chunk_size, empty, params, xs)
 
 
 def chunk_rows(row_elements: int, chunk_elements: int | None) -> int:
@@ -98,6 +102,14 @@ def _cut(xs: Any, chunk_size: int) -> tuple[Any, Any | None]:
     return stacked, rest
 
 
+def gathered(order_T: jax.Array, chunk_size: int) -> jax.Array:
+    """`order_T` rearranged so that each chunk of `_cut` takes consecutive entries of it."""
+    rows = order_T.shape[0]
+    n = num_chunks(rows, chunk_size)
+    m = rows // n
+    return jnp.concatenate([order_T[: n * m].reshape(n, m).T.ravel(), order_T[n * m :]])
+
+
 def _uncut(stacked: jax.Array, rest: jax.Array | None) -> jax.Array:
     """The inverse of `_cut` for one array."""
     n, m = stacked.shape[:2]
@@ -113,17 +125,25 @@ def _scan(body: Callable[[Any, Any], tuple[Any, Any]], carry: Any, stacked: Any)
     return carry, jax.tree.map(lambda x: x[None], out)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _chunked_sum(loss_fn: LossFn, chunk_size: int, params: Any, xs: Any) -> jax.Array:
+def _skipping(empty: Empty, x: Any, body: Callable[[Any], Any], carry: Any, otherwise: Callable[[Any], Any]) -> Any:
+    """body(carry), or otherwise(carry) for an empty chunk, which then costs nothing."""
+    return body(carry) if empty is None else jax.lax.cond(empty(x), otherwise, body, carry)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _chunked_sum(loss_fn: LossFn, chunk_size: int, empty: Empty, params: Any, xs: Any) -> jax.Array:
     def body(total: jax.Array, x: Any) -> tuple[jax.Array, None]:
-        return total + loss_fn(params, x).astype(jnp.float32), None
+        def add(total: jax.Array) -> jax.Array:
+            return total + loss_fn(params, x).astype(jnp.float32)
+
+        return _skipping(empty, x, add, total, lambda total: total), None
 
     stacked, rest = _cut(xs, chunk_size)
     total, _ = _scan(body, jnp.float32(0), stacked)
     return total if rest is None else body(total, rest)[0]
 
 
-def _forward(loss_fn: LossFn, chunk_size: int, params: Any, xs: Any) -> tuple[jax.Array, Any]:
+def _forward(loss_fn: LossFn, chunk_size: int, empty: Empty, params: Any, xs: Any) -> tuple[jax.Array, Any]:
     """The sum, and as residuals the gradients of the perturbed leaves (None for the others)."""
     param_leaves, param_tree = jax.tree.flatten(params)
     x_leaves, x_tree = jax.tree.flatten(xs)
@@ -136,11 +156,17 @@ def _forward(loss_fn: LossFn, chunk_size: int, params: Any, xs: Any) -> tuple[ja
             full_params = jax.tree.unflatten(param_tree, _put(values, learned, param_part))
             return loss_fn(full_params, jax.tree.unflatten(x_tree, _put(x, moved, x_part))).astype(jnp.float32)
 
-        total, sums = carry
-        loss, (param_grads, x_grads) = jax.value_and_grad(chunk_loss, argnums=(0, 1))(
-            [values[i] for i in learned], [x[i] for i in moved]
-        )
-        return (total + loss, [s + g.astype(jnp.float32) for s, g in zip(sums, param_grads, strict=True)]), x_grads
+        def add(carry: Any) -> tuple[Any, list[jax.Array]]:
+            total, sums = carry
+            loss, (param_grads, x_grads) = jax.value_and_grad(chunk_loss, argnums=(0, 1))(
+                [values[i] for i in learned], [x[i] for i in moved]
+            )
+            return (total + loss, [s + g.astype(jnp.float32) for s, g in zip(sums, param_grads, strict=True)]), x_grads
+
+        def nothing(carry: Any) -> tuple[Any, list[jax.Array]]:
+            return carry, [jnp.zeros_like(x[i]) for i in moved]
+
+        return _skipping(empty, jax.tree.unflatten(x_tree, x), add, carry, nothing)
 
     stacked, rest = _cut([leaf.value for leaf in x_leaves], chunk_size)
     zeros = [jnp.zeros(values[i].shape, jnp.float32) for i in learned]
@@ -160,7 +186,7 @@ def _forward(loss_fn: LossFn, chunk_size: int, params: Any, xs: Any) -> tuple[ja
     return total, residuals
 
 
-def _backward(loss_fn: LossFn, chunk_size: int, residuals: Any, g: Any) -> Any:
+def _backward(loss_fn: LossFn, chunk_size: int, empty: Empty, residuals: Any, g: Any) -> Any:
     """Scales the gradients that the forward rule took."""
     if isinstance(g, SymbolicZero):
         return jax.tree.map(jnp.zeros_like, residuals)

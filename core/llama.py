@@ -80,7 +80,7 @@ class Attention(nnx.Module):
         k_BTKH = rotate(self.k(x_BTD), at.cos, at.sin)
         v_BTKH = self.v(x_BTD)
         if cache is None:
-            return self.o(causal_attention(q_BTNH, k_BTKH, v_BTKH)), None
+            return self.o(causal_attention(q_BTNH, k_BTKH, v_BTKH, at.segments)), None
         row_B1 = jnp.arange(x_BTD.shape[0])[:, None]
         k_BSKH = cache[0].at[row_B1, at.place].set(k_BTKH.astype(cache[0].dtype), mode="drop")
         v_BSKH = cache[1].at[row_B1, at.place].set(v_BTKH.astype(cache[1].dtype), mode="drop")
@@ -158,12 +158,17 @@ class Llama(nnx.Module):
         table_VD = self.output_table().astype(x_BTD.dtype)
         return jnp.einsum("btd,vd->btv", x_BTD, table_VD, preferred_element_type=jnp.float32)
 
-    def hidden(self, x_BTD: Array, *, dropout: float = 0.0, key: Array | None = None) -> Array:
+    def hidden(
+        self, x_BTD: Array, *, dropout: float = 0.0, key: Array | None = None, segments_BT: Array | None = None
+    ) -> Array:
         """Input embeddings [B, T, D], right-padded → hidden states after the final norm [B, T, D]; no LM head.
 
         `dropout` (with its `key`) drops from each residual branch: for small models trained from scratch.
+        `segments_BT` (int) tells the sequences of a packed row apart by a number of its own for each: a sequence is
+        computed as if it stood alone in a row, from position 0 on. (But for dynamic NTK: beyond
+        `max_position_embeddings` its frequencies follow from T, the whole row's length.)
         """
-        return self.norm(self._run(x_BTD, None, dropout, key)[0])
+        return self.norm(self._run(x_BTD, None, dropout, key, segments_BT=segments_BT)[0])
 
     def layer_outputs(self, x_BTD: Array) -> Array:
         """What `hidden` computes, layer by layer and before the final norm: [L, B, T, D]. For parity tests."""
@@ -201,11 +206,17 @@ class Llama(nnx.Module):
         return x_BTD, KVCache(k_LBSKH, v_LBSKH, grown_B)
 
     def _run(
-        self, x_BTD: Array, cache: KVCache | None, dropout: float, key: Array | None, keep_layers: bool = False
+        self,
+        x_BTD: Array,
+        cache: KVCache | None,
+        dropout: float,
+        key: Array | None,
+        keep_layers: bool = False,
+        segments_BT: Array | None = None,
     ) -> tuple[Array, Any]:
         """Scans the layers; also returns each layer's cache, or its output where `keep_layers`."""
         x_BTD = x_BTD.astype(self.compute.dtype)
-        at = Positions.of(self.config, x_BTD, cache)
+        at = Positions.of(self.config, x_BTD, cache, segments_BT)
         keys_L = None if key is None or dropout == 0 else jax.random.split(key, self.config.num_layers)
 
         def layer(x_BTD: Array, inputs: tuple[Block, Any, Array | None]) -> tuple[Array, Any]:
@@ -220,15 +231,20 @@ class Llama(nnx.Module):
 
 
 class Positions(NamedTuple):
-    """Where the positions of a pass stand: their place [B or 1, T], and the rotation that follows from it."""
+    """Where the positions of a pass stand: place [B or 1, T], the rotation that follows from it, segment."""
 
     place: Array
     cos: Array
     sin: Array
+    segments: Array | None
 
     @staticmethod
-    def of(config: LlamaConfig, x_BTD: Array, cache: KVCache | None) -> Positions:
+    def of(config: LlamaConfig, x_BTD: Array, cache: KVCache | None, segments_BT: Array | None = None) -> Positions:
         place, length = jnp.arange(x_BTD.shape[1])[None], x_BTD.shape[1]
         if cache is not None:
             place, length = cache.lengths_B[:, None] + place, cache.k_LBSKH.shape[2]
-        return Positions(place, *rotation(config, place, length))
+        if segments_BT is not None:
+            # Within its segment: from the newest beginning of one on.
+            begins_BT = jnp.diff(segments_BT, axis=1, prepend=segments_BT[:, :1]) != 0
+            place = place - jax.lax.cummax(jnp.where(begins_BT, place, 0), axis=1)
+        return Positions(place, *rotation(config, place, length), segments_BT)

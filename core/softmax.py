@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 import jax
 import jax.numpy as jnp
 
-from core.chunked import chunk_rows, chunked_sum
+from core.chunked import chunk_rows, chunked_sum, gathered
 
 Table = tuple[jax.Array, jax.Array | None, jax.Array | None]
 """(table [N, D], bias [N] or None, live [N] or None): a segment without its hidden states."""
@@ -77,8 +77,11 @@ def cross_entropy(
         )
     tables = [(segment.table_ND, segment.bias_N, segment.live_N) for segment in segments]
     xs = ([segment.h_TD for segment in segments], targets_T, weights_T.astype(jnp.float32))
-    entries = sum(segment.table_ND.shape[0] for segment in segments)
-    return chunked_sum(_chunk_loss, tables, xs, chunk_size=chunk_rows(entries, chunk_elements))
+    size = chunk_rows(sum(segment.table_ND.shape[0] for segment in segments), chunk_elements)
+    # Padding has weight 0: put together, it fills chunks of its own, which are skipped.
+    place_T = gathered(jnp.argsort(weights_T == 0, stable=True), size)
+    xs = jax.tree.map(lambda x: x.at[place_T].get(unique_indices=True, mode="promise_in_bounds"), xs)
+    return chunked_sum(_chunk_loss, tables, xs, chunk_size=size, empty=lambda x: ~jnp.any(x[2]))
 
 
 def _chunk_loss(tables: list[Table], xs: tuple[list[jax.Array], jax.Array, jax.Array]) -> jax.Array:

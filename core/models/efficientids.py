@@ -156,10 +156,16 @@ class LlamaEfficientIDSModel(nnx.Module):
             x_BTD = Dropout(self.config.dropout, key_input)(x_BTD, 0)
         text_BTD = self.llama.embed(sequence.input_ids)
         x_BTD = jnp.where(sequence.item_mask[..., None], x_BTD, text_BTD)
-        return self.llama.hidden(x_BTD, dropout=self.config.dropout, key=key_layers)
+        return self.llama.hidden(x_BTD, dropout=self.config.dropout, key=key_layers, segments_BT=sequence.segments)
 
     def last_hidden(self, sequence: Woven) -> Array:
-        """The hidden state at each row's last real position: [B, D]. A row of length 0 reads its first position."""
+        """The hidden state at each row's last real position: [B, D]. A row of length 0 reads its first position.
+
+        Raises:
+            ValueError: packed rows, which have many ends.
+        """
+        if sequence.segments is not None:
+            raise ValueError("packed rows are for `loss`; give each history a row of its own")
         hidden_BTD = self.hidden(sequence)
         last_B11 = jnp.maximum(sequence.lengths - 1, 0)[:, None, None]
         return jnp.take_along_axis(hidden_BTD, last_B11, axis=1)[:, 0]
@@ -170,7 +176,7 @@ class LlamaEfficientIDSModel(nnx.Module):
         """Negative log-likelihood of every item, given all before it.
 
         Args:
-            sequence: right-padded.
+            sequence: right-padded; packed rows (`segments`) too: nothing is predicted across a border.
             max_targets: M, at least the number of items of any row; fewer would drop the newest. Static.
             with_text: one softmax over words ∪ clusters (or words ∪ items with the full head) at the first level,
                 and text tokens are targets too.
@@ -178,6 +184,8 @@ class LlamaEfficientIDSModel(nnx.Module):
         """
         hidden_BTD = self.hidden(sequence, key)
         real_BT = jnp.arange(1, sequence.item_ids.shape[1] + 1) < sequence.lengths[:, None]
+        if sequence.segments is not None:
+            real_BT &= sequence.segments == _shift(sequence.segments)
         next_item_BT = real_BT & _shift(sequence.item_mask)
         next_word_BT = real_BT & ~_shift(sequence.item_mask)
         # Only positions before an item go through the item softmax: with text between items they are few.

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from core.chunked import CHUNK_ELEMENTS, chunk_rows, chunked_sum, num_chunks
+from core.chunked import CHUNK_ELEMENTS, _cut, chunk_rows, chunked_sum, gathered, num_chunks
 
 
 def _loss(params: dict[str, jax.Array], x: dict[str, jax.Array]) -> jax.Array:
@@ -150,3 +150,27 @@ def test_temporaries_are_one_chunk() -> None:
 def test_bad_arguments(xs: Any, chunk_size: int, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         chunked_sum(lambda p, x: jnp.float32(0), None, xs, chunk_size=chunk_size)
+
+
+def test_empty_chunks_are_not_computed() -> None:
+    """The loss is infinite on the rows that `empty` calls empty, so computing them would show."""
+    xs = jnp.array([1.0, 2.0, 0.0, 0.0, 3.0])
+
+    def loss(scale: jax.Array, x: jax.Array) -> jax.Array:
+        return jnp.sum(scale / x)
+
+    def total(scale: jax.Array, xs: jax.Array) -> jax.Array:
+        return chunked_sum(loss, scale, xs, chunk_size=1, empty=lambda x: ~jnp.any(x))
+
+    value, (by_scale, by_x) = jax.value_and_grad(total, argnums=(0, 1))(jnp.float32(2.0), xs)
+    assert value == total(jnp.float32(2.0), xs) == pytest.approx(2 + 1 + 2 / 3)
+    assert by_scale == pytest.approx(1 + 1 / 2 + 1 / 3)
+    np.testing.assert_allclose(by_x, [-2, -0.5, 0, 0, -2 / 9], rtol=1e-6)
+
+
+@pytest.mark.parametrize(("rows", "size"), [(12, 5), (7, 3), (5, 9), (11, 1)])
+def test_gathered_rows_come_together_in_a_chunk(rows: int, size: int) -> None:
+    order = gathered(jnp.arange(rows), size)
+    stacked, rest = _cut(order, size)
+    chunks = [*stacked.tolist(), *([] if rest is None else [rest.tolist()])]
+    assert [row for chunk in chunks for row in chunk] == list(range(rows))

@@ -190,3 +190,22 @@ def test_top_k_with_too_few_left() -> None:
 def test_bad_shapes(segments: list[Segment], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         softmax.cross_entropy(segments, jnp.zeros(2, jnp.int32), jnp.zeros(2))
+
+
+def test_padding_may_stand_anywhere_and_costs_no_chunk() -> None:
+    """Rows of weight 0 are gathered into chunks that are skipped: value and gradients as without these rows."""
+    rng = np.random.default_rng(3)
+    h, table = rng.standard_normal((40, 5)).astype(np.float32), rng.standard_normal((9, 5)).astype(np.float32)
+    targets, weights = rng.integers(0, 9, 40), (rng.random(40) < 0.4).astype(np.float32)
+    real = weights > 0
+
+    def loss(h: jax.Array, table: jax.Array, targets: np.ndarray, weights: np.ndarray) -> jax.Array:
+        return cross_entropy([Segment(h, table)], jnp.asarray(targets), jnp.asarray(weights), chunk_elements=27)
+
+    with_grad = jax.value_and_grad(loss, argnums=(0, 1))
+    value, (grad_h, grad_table) = with_grad(h, table, targets, weights)
+    alone, (alone_h, alone_table) = with_grad(h[real], table, targets[real], weights[real])
+    assert value == pytest.approx(float(alone), rel=1e-5)
+    np.testing.assert_allclose(grad_h[real], alone_h, atol=1e-5)
+    np.testing.assert_array_equal(grad_h[~real], 0)
+    np.testing.assert_allclose(grad_table, alone_table, atol=1e-5)
