@@ -1,198 +1,28 @@
-"""MovieLens folders as GroupLens publishes them, and as people break them."""
+"""MovieLens 1M as LRURec prepared it: the same filter, order and tie-break give the same sequences."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 
-import pytest
-
-from efficientids.data.movielens import read_movielens
-from efficientids.data.prepare import prepare_log
-from efficientids.errors import UserError
-
-RATINGS = "1::10::5::978300760\n1::20::3::978302109\n2::10::4::978301968\n"
-MOVIES = "10::Toy Story (1995)::Animation|Comedy\n20::Léon (1994)::Action\n"
-USERS = "1::F::1::10::48067\n2::M::56::16::02460\n"
+from efficientids.data.cli import PrepareConfig, prepare
+from efficientids.data.dataset import Dataset
 
 
-@pytest.fixture
-def dat(tmp_path: Path) -> Path:
-    folder = tmp_path / "ml-tiny"
-    folder.mkdir()
-    (folder / "ratings.dat").write_text(RATINGS)
-    (folder / "movies.dat").write_text(MOVIES, encoding="latin-1")
-    (folder / "users.dat").write_text(USERS)
-    return folder
-
-
-@pytest.fixture
-def csv(tmp_path: Path) -> Path:
-    folder = tmp_path / "ml-csv"
-    folder.mkdir()
-    (folder / "ratings.csv").write_text("userId,movieId,rating,timestamp\n1,10,4.5,964982703\n1,20,3.0,964981247\n")
-    movies = (
-        'movieId,title,genres\n10,"American President, The (1995)",Comedy|Drama\n20,Léon (1994),(no genres listed)\n'
-    )
-    (folder / "movies.csv").write_text(movies, encoding="utf-8")
-    return folder
-
-
-def test_dat_folder(dat: Path) -> None:
-    log = read_movielens(dat)
-    assert (log.name, log.source, list(log.bad_rows)) == ("ml-tiny", "movielens", [])
-    assert log.interactions.rows() == [
-        ("1", "10", 5.0, 978300760),
-        ("1", "20", 3.0, 978302109),
-        ("2", "10", 4.0, 978301968),
-    ]
-    assert log.items.rows() == [
-        ("10", "Toy Story (1995)", ["Animation", "Comedy"]),
-        ("20", "Léon (1994)", ["Action"]),
-    ]
-    assert log.users is not None
-    assert log.users.rows(named=True)[1] == {
-        "user_id": "2",
-        "gender": "M",
-        "age": 56,
-        "occupation": 16,
-        "zip_code": "02460",
-    }
-
-
-def test_dat_folder_without_users_or_last_newline_and_with_windows_line_ends(dat: Path) -> None:
-    (dat / "users.dat").unlink()
-    (dat / "ratings.dat").write_bytes(RATINGS.rstrip("\n").replace("\n", "\r\n").encode())
-    log = read_movielens(dat)
-    assert log.users is None
-    assert log.interactions["timestamp"].to_list() == [978300760, 978302109, 978301968]
-
-
-def test_csv_folder(csv: Path) -> None:
-    log = read_movielens(csv)
-    assert log.interactions.rows() == [("1", "10", 4.5, 964982703), ("1", "20", 3.0, 964981247)]
-    assert log.items.rows() == [
-        ("10", "American President, The (1995)", ["Comedy", "Drama"]),
-        ("20", "Léon (1994)", []),
-    ]
-
-
-def test_quotes_are_csv_in_csv_and_text_in_dat(csv: Path, dat: Path) -> None:
-    (csv / "ratings.csv").write_text('"userId","movieId","rating","timestamp"\n"1","10","4.5","964982703"\n')
-    (csv / "movies.csv").write_text('movieId,title,genres\n10,"""Great Performances"" Cats (1998)",Musical\n')
-    (dat / "movies.dat").write_text('10::"Great Performances" Cats (1998)::Musical\n')
-    assert read_movielens(csv).interactions.rows() == [("1", "10", 4.5, 964982703)]
-    for folder in (csv, dat):
-        assert read_movielens(folder).items["title"].to_list() == ['"Great Performances" Cats (1998)']
-
-
-def test_a_few_unreadable_rows_are_passed_over_and_told(dat: Path) -> None:
-    good = "".join(f"{user}::10::4::{1000 + user}\n" for user in range(1, 298))
-    (dat / "ratings.dat").write_text(good + "1::20::4\n\nx::20::4::5\n")
-    log = read_movielens(dat)
-    assert len(log.interactions) == 297
-    assert [str(row) for row in log.bad_rows] == [
-        "ratings.dat:298: 3 fields, expected 4 (userId, movieId, rating, timestamp)",
-        "ratings.dat:299: 1 fields, expected 4 (userId, movieId, rating, timestamp)",
-        "ratings.dat:300: userId is 'x', expected a whole number",
-    ]
-    (dat / "ratings.dat").write_text(good + "1::20::4\n" * 4)
-    with pytest.raises(UserError, match=r"4 of 301 rows cannot be read \(1\.3%, at most 1%"):
-        read_movielens(dat)
-
-
-def _write(name: str, text: str) -> Callable[[Path], object]:
-    return lambda folder: (folder / name).write_text(text)
-
-
-DAT_FAULTS: dict[str, tuple[Callable[[Path], object], str]] = {
-    "no ratings": (
-        lambda f: (f / "ratings.dat").unlink(),
-        r"no ratings\.dat and no ratings\.csv \(it holds movies\.dat",
-    ),
-    "no movies": (lambda f: (f / "movies.dat").unlink(), r"movies\.dat is missing"),
-    "both forms": (_write("ratings.csv", ""), "holds ratings.dat and ratings.csv"),
-    "empty": (_write("ratings.dat", ""), r"ratings\.dat: the file is empty"),
-    "blank": (_write("movies.dat", "\n \n"), r"movies\.dat: the file is empty"),
-    "tabs": (_write("ratings.dat", RATINGS.replace("::", "\t")), r"ratings\.dat:1: 1 fields, expected 4"),
-    "five fields": (_write("ratings.dat", "1::1::5::9::9\n"), r"ratings\.dat:1: 5 fields, expected 4"),
-    "item text": (_write("ratings.dat", "1::Toy Story::5::9\n"), "movieId is 'Toy Story', expected a whole number"),
-    "rating text": (_write("ratings.dat", "1::1::good::9\n"), "rating is 'good', expected a number"),
-    "rating nan": (_write("ratings.dat", "1::1::nan::9\n"), "rating is 'nan', expected a number"),
-    "date": (_write("ratings.dat", "1::1::5::2001-01-01\n"), "timestamp is '2001-01-01', expected a whole number"),
-    "no id": (_write("ratings.dat", "::1::5::9\n"), "userId is '', expected a whole number"),
-    "movie twice": (_write("movies.dat", MOVIES + "10::Again::Drama\n"), r"movies\.dat:3: movieId 10 occurs twice"),
-    "movie fields": (_write("movies.dat", "10::Toy Story\n"), r"movies\.dat:1: 2 fields, expected 3"),
-    "user fields": (_write("users.dat", "1::F::1\n"), r"users\.dat:1: 3 fields, expected 5"),
-}
-
-
-@pytest.mark.parametrize(("fault", "message"), DAT_FAULTS.values(), ids=DAT_FAULTS)
-def test_dat_faults_are_named(dat: Path, fault: Callable[[Path], object], message: str) -> None:
-    fault(dat)
-    with pytest.raises(UserError, match=message):
-        read_movielens(dat)
-
-
-CSV_FAULTS: dict[str, tuple[Callable[[Path], object], str]] = {
-    "other columns": (
-        _write("ratings.csv", "user,item,stars\n1,2,3\n"),
-        "must name the columns userId.*'user,item,stars'",
-    ),
-    "no header": (_write("ratings.csv", "1,10,4.5,964982703\n"), r"ratings\.csv: the first line must name the columns"),
-    "header alone": (_write("ratings.csv", "userId,movieId,rating,timestamp\n"), r"ratings\.csv: no rows"),
-    "movie header": (
-        _write("movies.csv", "id,name\n1,x\n"),
-        r"movies\.csv: the first line must name the columns movieId",
-    ),
-    "no quotes": (_write("movies.csv", "movieId,title,genres\n1,President, The,Drama\n"), r"movies\.csv:2: 4 fields"),
-    "open quote": (_write("movies.csv", 'movieId,title,genres\n1,"' + "x" * 200_000), "not CSV .*quote"),
-}
-
-
-@pytest.mark.parametrize(("fault", "message"), CSV_FAULTS.values(), ids=CSV_FAULTS)
-def test_csv_faults_are_named(csv: Path, fault: Callable[[Path], object], message: str) -> None:
-    fault(csv)
-    with pytest.raises(UserError, match=message):
-        read_movielens(csv)
-
-
-def test_missing_and_empty_folders(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="no such folder"):
-        read_movielens(tmp_path / "nowhere")
-    with pytest.raises(UserError, match="it holds nothing"):
-        read_movielens(tmp_path)
-
-
-@pytest.mark.parametrize(
-    ("name", "core", "counts"),
-    [
-        ("ml-1m", 0, (6_040, 3_706, 1_000_209)),
-        ("ml-1m", 5, (6_040, 3_416, 999_611)),
-        ("ml-latest-small", 0, (610, 9_724, 100_836)),
-        ("ml-latest-small", 5, (610, 3_650, 90_274)),
-    ],
-)
-def test_real_counts(real_data: Path, name: str, core: int, counts: tuple[int, int, int]) -> None:
-    _, report = prepare_log(read_movielens(real_data / name), core=core, min_rating=None, order="time")
-    assert (report.users, report.items, report.interactions) == counts
-    assert report.catalogue == report.items
-    assert (report.untitled_items, report.repeats, report.bad_rows["count"]) == (0, 0, 0)
-
-
-def test_order_is_lrurecs_for_all_users(real_data: Path) -> None:
-    contents, report = prepare_log(read_movielens(real_data / "ml-1m"), core=5, min_rating=None, order="time")
-    assert 0.48 < report.tied_share < 0.50  # why the tie-break matters
+def test_order_is_lrurecs_for_all_users(real_data: Path, tmp_path: Path) -> None:
+    prepare(PrepareConfig(output=tmp_path / "ml-1m", source="movielens", input=(real_data / "ml-1m",), json=True))
+    dataset = Dataset.open(tmp_path / "ml-1m")
+    report = json.loads((tmp_path / "ml-1m" / "report.json").read_text())
+    assert 0.48 < report["tied_share"] < 0.50  # why the tie-break matters
     item_ids = json.loads((real_data / "ml-1m-lrurec" / "item_ids.json").read_text())
-    ours = contents.items["item_id"].to_list()
-    users = contents.users["user_id"].to_list()
+    ours = dataset.items["item_id"].to_list()
+    users = dataset.users["user_id"].to_list()
     compared = 0
     with (real_data / "ml-1m-lrurec" / "sequences.jsonl").open() as lines:
         for user, line in enumerate(lines):
             theirs = json.loads(line)
             sequence = [*theirs["train"], *theirs["val"], *theirs["test"]]
-            history = contents.item_ids[contents.offsets[user] : contents.offsets[user + 1]]
+            history = dataset.item_ids[dataset.offsets[user] : dataset.offsets[user + 1]]
             assert users[user] == str(theirs["user"])
             assert [ours[item - 1] for item in history] == [str(item_ids[str(item)]) for item in sequence]
             compared += 1
