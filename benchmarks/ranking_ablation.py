@@ -49,9 +49,9 @@ class RawDotWithoutBias(RawDot):
 def overlap(run: LoadedRun, other: EfficientIDS, k: int = 10) -> float:
     """The mean share of the exact top k that another ranking's top k holds, over the test users."""
     dataset, shares = run.dataset(), []
-    for batch in evaluation_batches(dataset, "test", 256, run.system.spec.max_seq_len):
+    for batch in evaluation_batches(dataset, "test", 256, run.recommender.max_items):
         histories = Histories(batch.item_ids, batch.lengths)
-        exact, found = (system.recommend(run.model, histories, k, batch.seen) for system in (run.system, other))
+        exact, found = (system.recommend(run.model, histories, k, batch.seen) for system in (run.recommender, other))
         both = (exact.item_ids[:, :, None] == found.item_ids[:, None, :]).any(axis=2).mean(axis=1)
         shares += both[batch.targets > 0].tolist()
     return float(np.mean(shares))
@@ -62,15 +62,15 @@ def main() -> None:
     parser.add_argument("run")
     options = parser.parse_args()
     run = open_run(options.run)
-    if run.system.spec.model.head != "two_level":
+    if run.recommender.spec.model.head != "two_level":
         parser.error(f"{options.run} has the full head; train it with --head two_level")
     print(header())
-    print(f"run: step {run.step}, data {run.dataset().manifest['name']}, {run.system.spec.num_clusters} clusters")
+    print(f"run: step {run.step}, data {run.dataset().manifest['name']}, {run.recommender.spec.num_clusters} clusters")
     ways = {"exact": EfficientIDS, "h·e + b (seed, with bias)": RawDot, "h·e (seed)": RawDotWithoutBias}
     for name, kind in ways.items():
-        system = kind(run.system.spec)
-        result = evaluate(system, run.model, run.dataset(), "test", max_items=run.system.spec.max_seq_len)
-        metrics = {key: round(result["metrics"][key], 4) for key in ("hr@10", "ndcg@10", "coverage@10")}
+        system = kind(run.recommender.spec)
+        result = evaluate(system, run.model, run.dataset(), "test")
+        metrics = {key: round(result.metrics[key], 4) for key in ("hr@10", "ndcg@10", "coverage@10")}
         print(json.dumps({"ranking": name, **metrics, "overlap@10 with exact": round(overlap(run, system), 4)}))
 
 

@@ -60,16 +60,14 @@ class Writer:
         Args:
             step: optimiser steps done; names the checkpoint's folder.
             params: every variable to save (see the module's text).
-            optimizer: the optimiser states of the current phase.
+            optimizer: the optimiser states of the current phase; empty where nothing was trained.
             metrics: validation metrics as fractions; `ndcg@10` decides which checkpoint is best.
             info: small JSON facts: phase, step in the phase.
         """
-        args = ocp.args.Composite(
-            params=ocp.args.StandardSave(nnx.to_pure_dict(params)),
-            optimizer=ocp.args.PyTreeSave(optimizer),
-            info=ocp.args.JsonSave(info),
-        )
-        if not self._manager.save(step, args=args, metrics=metrics):
+        items = {"params": ocp.args.StandardSave(nnx.to_pure_dict(params)), "info": ocp.args.JsonSave(info)}
+        if jax.tree.leaves(optimizer):  # Orbax refuses to save nothing
+            items["optimizer"] = ocp.args.PyTreeSave(optimizer)
+        if not self._manager.save(step, args=ocp.args.Composite(**items), metrics=metrics):
             raise RuntimeError(f"Orbax did not save step {step}: is there a checkpoint of this step already?")
 
     def close(self) -> None:

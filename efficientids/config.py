@@ -29,8 +29,8 @@ LlamaSizeName = Literal["tiny", "1b", "3b", "7b", "8b", "8b-3.1", "13b", "tinyll
 class RunOptions:
     """What to train, on what, and where the result goes."""
 
-    recommender: Literal["efficientids"] = "efficientids"
-    """The system to train."""
+    recommender: Literal["efficientids", "sasrec", "item_knn", "popularity"] = "efficientids"
+    """The system to train. sasrec is the strong baseline; item_knn and popularity only count."""
     data_dir: Path | None = None
     """A data set folder (see `python -m efficientids prepare`). Default: a generated catalogue of invented films."""
     checkpoint_dir: Path | None = None
@@ -49,6 +49,8 @@ class RunOptions:
     """Steps between validations, each followed by a checkpoint. Default: once an epoch, at least every 1,000 steps."""
     patience: int = 0
     """Stop after this many validations without a better NDCG@10; 0: never."""
+    trackers: str | None = None
+    """Experiment trackers to tell, comma-separated: wandb, mlflow, or names that installed plugins offer."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,9 +80,14 @@ class TrainingOptions:
     epochs: float | None = None
     """Passes over the users. Default: 10, with no --num_steps."""
     batch_size: int | None = None
-    """Users in flight at a time, on all devices together. Default: 64 below a width of 1,024, else 8."""
+    """Users with full-length histories in flight at a time, on all devices together; of shorter ones there are more.
+    Default: 64 below a width of 1,024, else 8."""
     batch_size_per_device: int | None = None
     """The same, counted on one device. Exclusive with --batch_size."""
+    length_buckets: int = 4
+    """Shapes of batches: each has half the width and twice the rows of the one before. 1: all rows at full width."""
+    pack_sequences: bool = False
+    """Put several short histories into each row, kept apart; replaces length buckets. Worth it with text."""
     gradient_accumulation: int = 1
     """Batches an optimiser step."""
     learning_rate: float | None = None
@@ -125,11 +132,61 @@ class ItemOptions:
     """tokenizer.json for titles. Default: the one beside the weights."""
     text_loss_weight: float = 0.0
     """Weight of a title token's loss against an item's; 0: items only."""
+    item_template: str | None = None
+    """Text of an item: '{title}[ by {brand}]', a YAML file, or a shipped template's name. Default: the title alone."""
 
 
 @dataclasses.dataclass(frozen=True)
-class TrainConfig(ItemOptions, TrainingOptions, LlamaOptions, RunOptions):
+class SASRecOptions:
+    """SASRec: its shape. --seq_len is the number of items it looks at."""
+
+    width: int = 64
+    """Of item vectors and hidden states."""
+    num_layers: int = 2
+    """Transformer blocks."""
+    num_heads: int = 2
+    """Attention heads."""
+    temperature: float | None = None
+    """Rank by cosines divided by this; default: by plain products."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ItemKNNOptions:
+    """Item-kNN: what stood near an item in other histories (formulas: efficientids/recommenders/item_knn.py)."""
+
+    neighbours: int = 100
+    """The most similar items kept of each item."""
+    pair_window: int = 10
+    """Places between two items of a history that still make a pair."""
+    distance_power: float = 0.5
+    """How fast a pair's weight falls with its distance; 0: not at all."""
+    backward: float = 0.3
+    """Weight of what came before an item against what came after it."""
+    source_power: float = 0.5
+    """How far the popularity of the history's item is divided out."""
+    target_power: float = 0.1
+    """How far the popularity of the candidate is divided out."""
+    recency: float = 0.7
+    """Weight of a history item against the next newer one."""
+    popularity_weight: float = 1e-5
+    """Weight of popularity; so small, it only orders items that are nobody's neighbour."""
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig(ItemKNNOptions, SASRecOptions, ItemOptions, TrainingOptions, LlamaOptions, RunOptions):
     """Trains a recommender with a Llama inside. Without a flag: a tiny Llama on a generated catalogue of films."""
+
+
+def _names(options: type) -> frozenset[str]:
+    return frozenset(field.name for field in dataclasses.fields(options))
+
+
+# Flags by what reads them, so that a flag which the chosen recommender would ignore can be refused.
+LLAMA_FLAGS = _names(LlamaOptions)
+TRAINING_FLAGS = _names(TrainingOptions)
+EFFICIENTIDS_FLAGS = _names(ItemOptions)
+SASREC_FLAGS = _names(SASRecOptions)
+ITEM_KNN_FLAGS = _names(ItemKNNOptions)
 
 
 def parse(arguments: Sequence[str], prog: str = "train_llama.py") -> TrainConfig:
@@ -167,8 +224,12 @@ _EXCLUSIVE = (
 _POSITIVE = (
     "num_steps", "epochs", "batch_size", "batch_size_per_device", "gradient_accumulation", "learning_rate",
     "log_every", "eval_every", "max_seq_len", "init_std", "num_clusters", "item_dim", "item_rank", "title_tokens",
+    "length_buckets", "width", "num_layers", "num_heads", "temperature", "neighbours", "pair_window", "recency",
 )  # fmt: skip
-_NOT_NEGATIVE = ("warmup_steps", "weight_decay", "grad_clip", "patience", "text_loss_weight", "seed")
+_NOT_NEGATIVE = (
+    "warmup_steps", "weight_decay", "grad_clip", "patience", "text_loss_weight", "seed",
+    "distance_power", "backward", "source_power", "target_power", "popularity_weight",
+)  # fmt: skip
 
 
 def check(config: TrainConfig) -> None:
@@ -188,8 +249,9 @@ def check(config: TrainConfig) -> None:
     contradictions = (
         (config.head == "full" and (config.clustering is not None or config.num_clusters is not None),
          "--head full has no clusters; leave --clustering and --num_clusters out, or use --head two_level"),
-        (config.item_text == "none" and (bool(config.text_loss_weight) or config.tokenizer is not None),
-         "--text_loss_weight and --tokenizer need --item_text title"),
+        (config.item_text == "none"
+         and (bool(config.text_loss_weight) or config.tokenizer is not None or config.item_template is not None),
+         "--text_loss_weight, --tokenizer and --item_template need --item_text title"),
         (config.max_seq_len == 1, "--max_seq_len 1: at least 2, one item to read and one to predict"),
         (config.json and not config.estimate_memory_only,
          "--json goes with --estimate_memory_only; a run's metrics stand in its metrics.jsonl"),

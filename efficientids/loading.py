@@ -6,21 +6,19 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-import jax
-import numpy as np
 from flax import nnx
 
-from core.clustering import Clusters
 from core.functional import FunctionalModel
 from core.platform import quiet_devices
 from core.weight_files import CheckpointError, weights_checksum
-from efficientids import build, checkpoints
+from efficientids import checkpoints, systems
 from efficientids.config import TrainConfig, from_mapping
 from efficientids.data.dataset import Dataset
 from efficientids.errors import UserError
-from efficientids.recommenders.base import in_llama
-from efficientids.recommenders.efficientids import EfficientIDS, EfficientIDSSpec
+from efficientids.recommenders.base import Recommender, in_llama
 from efficientids.runs import RunFolder, locate
+from efficientids.systems.base import System, abstract, differing_fields, items_sha256
+from efficientids.systems.llama import llama_param_dtype, load_llama
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,10 +28,15 @@ class LoadedRun:
     run: RunFolder
     step: int
     config: TrainConfig
-    system: EfficientIDS
+    recommender: Recommender
     graphdef: nnx.GraphDef
     params: nnx.State
     description: dict[str, Any]
+
+    @property
+    def where(self) -> Path:
+        """The run folder."""
+        return self.run.path
 
     @property
     def model(self) -> nnx.Module:
@@ -70,37 +73,46 @@ def load_run(path: str | Path, step: int | None = None) -> tuple[FunctionalModel
     return FunctionalModel(loaded.graphdef), loaded.params, loaded.config
 
 
-def open_run(path: str | Path, step: int | None = None, llama_dtype: Any = None) -> LoadedRun:
-    """As `load_run`, with the recommender. `llama_dtype`: of the Llama's parameters, default as the run computed."""
+def open_run(path: str | Path, step: int | None = None, like: TrainConfig | None = None) -> LoadedRun:
+    """As `load_run`, with the recommender. `like`: whose precision a Llama's parameters take; None: the run's own."""
     quiet_devices()
     run, named = locate(str(path))
     step = run.choose_step(named if step is None else step)
     config = from_mapping(run.read_config(), run.path / "config.yaml")
-    spec, described = _description(run)
+    described = _description(run)
     frozen = described["frozen_weights"]
-    dtype = llama_dtype or build.llama_param_dtype(config)
-    system, graphdef, state = build.abstract(spec, described["precision"], dtype)
+    try:
+        restored = systems.get(described["recommender"]).restored
+        recommender = restored(described["spec"], like or config, described["precision"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise _damaged(run, error) from error
+    graphdef, state = abstract(recommender)
     if frozen is None:
         params = checkpoints.restore(run.checkpoints, step, state)
     else:
         own = nnx.filter_state(state, nnx.Not(in_llama))
-        params = nnx.merge_state(checkpoints.restore(run.checkpoints, step, own), _frozen(frozen, dtype))
-    return LoadedRun(run, step, config, system, graphdef, params, described)
+        llama = _frozen(frozen, llama_param_dtype(like or config))
+        params = nnx.merge_state(checkpoints.restore(run.checkpoints, step, own), llama)
+    return LoadedRun(run, step, config, recommender, graphdef, params, described)
 
 
-def _description(run: RunFolder) -> tuple[EfficientIDSSpec, dict[str, Any]]:
+def _description(run: RunFolder) -> dict[str, Any]:
     """The content of `model.json`, with everything that is read from it later known to be there."""
     described = run.read_model()
     try:
-        spec = EfficientIDSSpec.from_json(described["spec"])
-        texts = [described["precision"], *(described["dataset"][name] for name in ("path", "items_sha256"))]
+        texts = [described[name] for name in ("recommender", "precision")]
+        texts += [described["dataset"][name] for name in ("path", "items_sha256", "fingerprint")]
         if described["frozen_weights"] is not None:
             texts += [described["frozen_weights"][name] for name in ("path", "sha256")]
         if not all(isinstance(text, str) for text in texts):
             raise TypeError(f"expected texts, found {texts}")
-    except (KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{run.path / 'model.json'}: damaged, or written by another version ({error!r})") from error
-    return spec, described
+    except (KeyError, TypeError) as error:
+        raise _damaged(run, error) from error
+    return described
+
+
+def _damaged(run: RunFolder, error: Exception) -> UserError:
+    return UserError(f"{run.path / 'model.json'}: damaged, or written by another version ({error!r})")
 
 
 def _frozen(recorded: dict[str, str], dtype: Any) -> nnx.State:
@@ -114,57 +126,34 @@ def _frozen(recorded: dict[str, str], dtype: Any) -> nnx.State:
         raise UserError(f"the run's frozen Llama came from {path}: {error}; put its weight files back there") from error
     if found != recorded["sha256"]:
         raise UserError(f"the weight files in {path} changed since the run was trained; put the original ones back")
-    return nnx.State({"llama": build.load_llama(path, dtype)})
+    return nnx.State({"llama": load_llama(path, dtype)})
 
 
 def check_same_items(loaded: LoadedRun, dataset: Dataset) -> None:
     """Refuses a data set whose items are not the run's: its vectors would stand for other items."""
-    if build.items_sha256(dataset) != loaded.description["dataset"]["items_sha256"]:
+    if items_sha256(dataset) != loaded.description["dataset"]["items_sha256"]:
         raise UserError(
             f"{dataset.path} has other items than the data set of {loaded.run.path}: "
             "the item vectors would stand for other items. Use the data set that the run was trained on"
         )
 
 
-def clusters_of(loaded: LoadedRun) -> Clusters | None:
-    """The clusters that a run's parameters belong to; None with the full head."""
-    buffers = getattr(loaded.model, "clusters", None)
-    return None if buffers is None else Clusters(**{name: buffer[...] for name, buffer in buffers.items()})
-
-
-def adopt(loaded: LoadedRun, system: EfficientIDS, config: TrainConfig) -> nnx.Module:
+def adopt(loaded: LoadedRun, recommender: Recommender, system: System) -> nnx.Module:
     """`--load_checkpoint`: the parameters and buffers of an earlier run in a new recommender.
 
     Raises:
-        UserError: the earlier model is another one (fields listed), or was trained with other clusters or titles.
+        UserError: the earlier model is another one (fields listed).
     """
-    # How long sequences are and how text is weighed may change; what has parameters or buffers may not.
-    free = {"seq_len", "max_seq_len", "text_loss_weight", "model.dropout", "model.init_std"}
-    differing = build.differing_fields(loaded.system.spec, system.spec)
-    differing = [line for line in differing if line.split(":")[0] not in free]
+    if type(loaded.recommender) is not type(recommender):
+        raise UserError(
+            f"--load_checkpoint {loaded.where} is a checkpoint of --recommender {loaded.config.recommender}; give that"
+        )
+    differing = differing_fields(loaded.recommender.spec, recommender.spec)
+    differing = [line for line in differing if line.split(":")[0] not in system.may_change]
     if differing:
         listed = "\n  ".join(differing)
         raise UserError(
-            f"--load_checkpoint {loaded.run.path} is a checkpoint of another model (its value ≠ this run's):\n  "
+            f"--load_checkpoint {loaded.where} is a checkpoint of another model (its value ≠ this run's):\n  "
             f"{listed}\nGive the flags of the run that wrote it (--llama_size, --weights, --head, --item_dim, …)"
         )
-    _check_same_buffers(loaded, system, config)
-    graphdef, _ = nnx.split(nnx.eval_shape(system.init, jax.random.key(0)))
-    return nnx.merge(graphdef, loaded.params)
-
-
-def _check_same_buffers(loaded: LoadedRun, system: EfficientIDS, config: TrainConfig) -> None:
-    clusters = clusters_of(loaded)
-    if config.clustering is not None and clusters is not None:
-        given = build.given_clusters(config.clustering, clusters.num_items)
-        if not np.array_equal(given.cluster_of_item_N1, clusters.cluster_of_item_N1):
-            raise UserError(
-                f"--clustering {config.clustering} is not the clustering that {loaded.run.path} was trained with; "
-                "leave it out to keep the run's"
-            )
-    titles = getattr(loaded.model, "titles_NK", None)
-    if titles is not None and not np.array_equal(titles[...], np.asarray(system.titles)):
-        raise UserError(
-            f"the titles' tokens differ from those that {loaded.run.path} was trained with; give the same --tokenizer "
-            "and the same data set"
-        )
+    return nnx.merge(abstract(recommender)[0], loaded.params)

@@ -11,15 +11,16 @@ from typing import Literal
 
 import tyro
 
-from efficientids.data.process import Oracle, has_oracle
-from efficientids.evaluation.evaluate import as_text, evaluate
+from efficientids.errors import UserError
+from efficientids.evaluation.of_run import evaluate_run
+from efficientids.evaluation.text import as_text, groups_as_text, sampled_as_text
 from efficientids.loading import open_run
 from efficientids.log import progress
 
 
 @dataclasses.dataclass(frozen=True)
 class EvaluateConfig:
-    """Ranking metrics of a run: leave-one-out, over the full catalogue."""
+    """Ranking metrics of a run over the full catalogue, with intervals and by group; kept in the run's evaluation/."""
 
     run: Path
     """The run folder R, R/STEP or R/checkpoints/STEP."""
@@ -28,11 +29,15 @@ class EvaluateConfig:
     data_dir: Path | None = None
     """Where the run's data set is now. Default: where it was."""
     split: Literal["validation", "test"] = "test"
-    """Which held-out item is the target."""
+    """Which held-out items are the targets."""
     seen: Literal["mask", "keep"] = "mask"
     """Whether items of the user's history may be recommended."""
+    group_by: str | None = None
+    """A column of the data set's users.parquet to group by, such as gender."""
+    sampled_negatives: int | None = None
+    """Metrics among so many sampled items too, to stand beside a paper's. They do not order models."""
     batch_size: int = 256
-    """Users at a time."""
+    """Examples at a time."""
     json: bool = False
     """Print JSON."""
 
@@ -40,28 +45,27 @@ class EvaluateConfig:
 def main(arguments: Sequence[str]) -> int:
     """Evaluates; returns the exit code."""
     config = tyro.cli(EvaluateConfig, args=arguments, prog="efficientids evaluate", use_underscores=True)
+    if config.batch_size < 1:
+        raise UserError(f"--batch_size {config.batch_size}: at least 1")
     loaded = open_run(config.run, config.step)
-    dataset = loaded.dataset(config.data_dir)
-    result = evaluate(
-        loaded.system,
-        loaded.model,
-        dataset,
+    evaluation, more = evaluate_run(
+        loaded,
+        loaded.dataset(config.data_dir),
         config.split,
         seen=config.seen,
-        max_items=loaded.system.spec.max_seq_len,
         batch_size=config.batch_size,
-        history=loaded.system.spec.history,
+        group_by=config.group_by,
+        sampled_negatives=config.sampled_negatives,
         progress=progress("evaluated", sys.stderr),
     )
-    result |= {"run": str(loaded.run.path), "step": loaded.step, "dataset": dataset.manifest["name"]}
-    if has_oracle(dataset):
-        best = Oracle.open(dataset).best_hit_rate(config.split, 10)
-        result["best_possible"] = {"hr@10": best.realised, "hr@10 expected": best.expected}
     if config.json:
-        print(json.dumps(result, indent=2))
+        print(json.dumps({"step": loaded.step, **evaluation.to_json(), **more}, indent=2))
         return 0
-    print(f"{result['run']}, step {result['step']}, data {result['dataset']}")
-    print(as_text(result))
-    for name, value in result.get("best_possible", {}).items():
+    print(f"{more['run']}, step {loaded.step}, data {more['dataset']}")
+    print(as_text(evaluation))
+    for name, value in more.get("best_possible", {}).items():
         print(f"best possible {name}: {value:.4f}")
+    print("\n" + groups_as_text(more["groups"]))
+    if "sampled" in more:
+        print("\n" + sampled_as_text(more["sampled"]))
     return 0

@@ -122,7 +122,7 @@ def compile_step(program: Program, phase: Phase, device: str) -> CompiledMemory:
         return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=whole), tree)
 
     key = jax.eval_shape(lambda: jax.random.key(0))
-    arguments = placed((program.state, program.frozen, dict(phase.batch_spec), key))
+    arguments = placed((program.state, program.frozen, dict(phase.batch_specs[0]), key))
     lowered = program.step.trace(*arguments).lower(lowering_platforms=("cuda",))
     memory = lowered.compile().memory_analysis()
     return CompiledMemory(

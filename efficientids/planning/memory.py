@@ -8,21 +8,16 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator
 from typing import Any
 
 import jax
 import numpy as np
 from flax import nnx
 
-from core.chunked import CHUNK_ELEMENTS
-from core.config import LlamaConfig
-from core.layers import Init
-from efficientids import build
 from efficientids.config import TrainConfig
-from efficientids.recommenders.base import Batch, Phase, in_llama
-from efficientids.recommenders.efficientids import EfficientIDS
-from efficientids.resolve import Scale, resolve
+from efficientids.errors import UserError
+from efficientids.recommenders.base import Phase, in_llama
+from efficientids.systems.base import Scale, System
 from efficientids.training.step import Program, build_program
 
 
@@ -56,15 +51,18 @@ class Estimate:
         )
 
 
-def estimate(config: TrainConfig, llama: LlamaConfig, scale: Scale) -> Estimate:
+def estimate(config: TrainConfig, system: System, scale: Scale) -> Estimate:
     """Counts what the first phase of a configuration (not yet resolved) keeps in memory between steps.
 
     `--precision auto` is planned as bfloat16: the plan is for a GPU, whatever machine makes it.
+
+    Raises:
+        UserError: the recommender has nothing to train.
     """
-    if config.precision == "auto":
+    if config.precision == "auto" and "precision" not in system.unread:
         config = dataclasses.replace(config, precision="bfloat16")
-    config = resolve(config, llama, scale)
-    program, _ = abstract_program(config, llama, scale.num_items)
+    config = system.resolve(config, scale)
+    program, _ = abstract_program(config, system, scale)
     trained, frozen = nnx.merge_state(*program.state.params), program.frozen
     trained_llama, trained_items = nnx.split_state(trained, in_llama, ...)
     frozen_llama, frozen_rest = nnx.split_state(frozen, in_llama, ...)
@@ -81,36 +79,15 @@ def estimate(config: TrainConfig, llama: LlamaConfig, scale: Scale) -> Estimate:
     return Estimate(parts, count, trained_count, scale.num_items, config.precision)
 
 
-def abstract_program(config: TrainConfig, llama: LlamaConfig, num_items: int) -> tuple[Program, Phase]:
-    """The training step of a resolved configuration over shapes alone: to count, to lower, to compile.
-
-    Clusters, where there are any, are those of --clustering, or taken to be balanced. The loss is cut into
-    chunks of a GPU's size.
-    """
-    system = EfficientIDS(
-        build.spec(config, llama, num_items, _cluster_shape(config, num_items)),
-        compute=build.compute(config.precision, config.gradient_checkpointing, CHUNK_ELEMENTS),
-        init=Init(param_dtype=build.llama_param_dtype(config)),
-        training=build.training(config, 1.0, _no_data),
-    )
-    phase = system.plan()[0]
-    model = nnx.eval_shape(system.init, jax.random.key(0))
-    return build_program(model, phase, accumulation=config.gradient_accumulation, grad_clip=config.grad_clip), phase
-
-
-def _cluster_shape(config: TrainConfig, num_items: int) -> tuple[int, int]:
-    """Clusters, and members of the largest; (0, 0) for none."""
-    if config.head == "full":
-        return 0, 0
-    if config.clustering is not None:
-        num_clusters, slots = build.given_clusters(config.clustering, num_items).members_CM.shape
-        return num_clusters, slots
-    assert config.num_clusters is not None
-    return config.num_clusters, math.ceil(num_items / config.num_clusters)
-
-
-def _no_data(seed: int, start_step: int) -> Iterator[Batch]:
-    raise ValueError("a plan has shapes, no data")
+def abstract_program(config: TrainConfig, system: System, scale: Scale) -> tuple[Program, Phase]:
+    """The training step of a resolved configuration over shapes alone: to count, to lower, to compile."""
+    recommender = system.planned(config, scale)
+    phases = recommender.plan()
+    if not phases:
+        raise UserError(f"--recommender {config.recommender} trains nothing: there is no memory to plan")
+    model = nnx.eval_shape(recommender.init, jax.random.key(0))
+    program = build_program(model, phases[0], accumulation=config.gradient_accumulation, grad_clip=config.grad_clip)
+    return program, phases[0]
 
 
 def _bytes(tree: Any) -> int:

@@ -58,7 +58,8 @@ class Phase:
         name: the compiled step and its optimiser state belong to it.
         groups: (filter, optimiser) pairs; the first filter that matches a parameter owns it, and a parameter in no
             group is frozen: never differentiated, returned, decayed or checkpointed twice.
-        batch_spec: shape and dtype of each array of a batch: enough to compile and plan without data.
+        batch_specs: shape and dtype of each array of a batch, one mapping a length bucket, the longest rows first:
+            enough to compile and plan without data.
         batches: (seed, start_step) → endless iterator over batches (NumPy, fixed shapes), a pure function of
             its arguments: the batch of step s is the same wherever the iteration started.
         loss: (model, batch, key, step) → LossSum; traced, so loss weights may follow `step`.
@@ -68,11 +69,39 @@ class Phase:
 
     name: str
     groups: Sequence[tuple[Filter, OptimizerConfig]]
-    batch_spec: Mapping[str, jax.ShapeDtypeStruct]
+    batch_specs: Sequence[Mapping[str, jax.ShapeDtypeStruct]]
     batches: Callable[[int, int], Iterator[Batch]]
     loss: Callable[[Any, Batch, jax.Array, jax.Array], LossSum]
     num_steps: int
     steps_per_epoch: float
+
+
+@dataclass(frozen=True)
+class Training:
+    """What a phase needs beside its loss; made by `efficientids.systems`, the same for every system.
+
+    Attributes:
+        num_steps, steps_per_epoch, batch_specs, batches: as in `Phase`.
+        optimizer: of the group that trains.
+    """
+
+    num_steps: int
+    steps_per_epoch: float
+    batch_specs: Sequence[Mapping[str, jax.ShapeDtypeStruct]]
+    optimizer: OptimizerConfig
+    batches: Callable[[int, int], Iterator[Batch]]
+
+    def phase(self, name: str, trained: Filter, loss: Callable[..., LossSum]) -> Phase:
+        """The phase that trains the parameters matching `trained` on batches of histories."""
+        return Phase(
+            name=name,
+            groups=[(trained, self.optimizer)],
+            batch_specs=self.batch_specs,
+            batches=self.batches,
+            loss=loss,
+            num_steps=self.num_steps,
+            steps_per_epoch=self.steps_per_epoch,
+        )
 
 
 class Histories(NamedTuple):
@@ -90,13 +119,28 @@ class Ranked(NamedTuple):
 
 
 class Recommender(Protocol):
-    """One system. Instances are small: they describe, and hold no parameters."""
+    """One system. Instances are small: they describe, and hold no parameters.
+
+    Attributes:
+        max_items: the newest items of a history that it looks at.
+        history: the same in words, part of the evaluation protocol.
+        spec: its shapes: a frozen dataclass whose `to_json` stands in the run's `model.json`.
+    """
+
+    @property
+    def spec(self) -> Any: ...
+
+    @property
+    def max_items(self) -> int: ...
+
+    @property
+    def history(self) -> str: ...
 
     def init(self, key: jax.Array) -> nnx.Module:
         """All parameters and buffers of the system at their start; callers may use `jax.eval_shape`."""
 
     def plan(self) -> Sequence[Phase]:
-        """The phases of training, in order."""
+        """The phases of training, in order; none for a baseline that `init` has counted already."""
 
     def recommend(self, model: nnx.Module, histories: Histories, k: int, exclude: np.ndarray | None) -> Ranked:
         """The k best items after each history, without those in `exclude` (int32 [B, X], padded with 0)."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -22,7 +22,8 @@ from core.functional import Buffer
 from core.layers import Init
 from core.llama import Compute
 from core.models.efficientids import EfficientIDSConfig, LlamaEfficientIDSModel
-from efficientids.recommenders.base import Batch, Histories, LossSum, OptimizerConfig, Phase, Ranked, in_llama
+from efficientids.recommenders.base import Batch, Histories, LossSum, Phase, Ranked, Training, in_llama
+from efficientids.recommenders.shapes import request
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,13 +53,6 @@ class EfficientIDSSpec:
         """Plain values, for `model.json`."""
         return dataclasses.asdict(self)
 
-    @property
-    def history(self) -> str:
-        """What of a history the model looks at, in words: part of the evaluation protocol."""
-        if not self.title_tokens:
-            return f"newest {self.max_seq_len} items"
-        return f"newest items that fit with their titles into {self.seq_len} positions, at most {self.max_seq_len}"
-
     @staticmethod
     def from_json(values: dict[str, Any]) -> EfficientIDSSpec:
         """The inverse of `to_json`.
@@ -72,18 +66,6 @@ class EfficientIDSSpec:
         llama["rope_scaling"] = None if scaling is None else RopeScaling(**scaling)
         model["llama"] = LlamaConfig(**llama)
         return EfficientIDSSpec(**{**values, "model": EfficientIDSConfig(**model)})
-
-
-@dataclasses.dataclass(frozen=True)
-class Training:
-    """How the one phase of this system trains."""
-
-    num_steps: int
-    steps_per_epoch: float
-    batch_rows: int
-    optimizer: OptimizerConfig
-    freeze_llama: bool
-    batches: Callable[[int, int], Iterator[Batch]]
 
 
 class TitledModel(LlamaEfficientIDSModel):
@@ -102,6 +84,7 @@ class EfficientIDS:
         compute, init: how the Llama computes and starts.
         clusters, titles: contents of the buffers; None builds them empty, to be filled from a checkpoint.
         training: None where nothing is to be trained.
+        freeze_llama: train everything but the Llama.
     """
 
     def __init__(
@@ -113,9 +96,24 @@ class EfficientIDS:
         clusters: Clusters | None = None,
         titles: np.ndarray | None = None,
         training: Training | None = None,
+        freeze_llama: bool = False,
     ) -> None:
         self.spec, self._compute, self._init = spec, compute, init
-        self._clusters, self.titles, self._training = clusters, titles, training
+        self._clusters, self.titles = clusters, titles
+        self._training, self._freeze_llama = training, freeze_llama
+
+    @property
+    def max_items(self) -> int:
+        """H: the newest items of a history that the model looks at."""
+        return self.spec.max_seq_len
+
+    @property
+    def history(self) -> str:
+        """What of a history the model looks at, in words: part of the evaluation protocol."""
+        spec = self.spec
+        if not spec.title_tokens:
+            return f"newest {spec.max_seq_len} items"
+        return f"newest items that fit with their titles into {spec.seq_len} positions, at most {spec.max_seq_len}"
 
     def init(self, key: jax.Array) -> TitledModel:
         """The whole system at its start."""
@@ -132,21 +130,9 @@ class EfficientIDS:
         training = self._training
         if training is None:
             raise ValueError("this recommender was built without `training`")
-        trained = nnx.Not(in_llama if training.freeze_llama else self._unread)
-        rows = (training.batch_rows, self.spec.max_seq_len)
-        phase = Phase(
-            name="frozen" if training.freeze_llama else "full",
-            groups=[(trained, training.optimizer)],
-            batch_spec={
-                "item_ids": jax.ShapeDtypeStruct(rows, jnp.int32),
-                "lengths": jax.ShapeDtypeStruct(rows[:1], jnp.int32),
-            },
-            batches=training.batches,
-            loss=self._loss,
-            num_steps=training.num_steps,
-            steps_per_epoch=training.steps_per_epoch,
-        )
-        return [phase]
+        if self._freeze_llama:
+            return [training.phase("frozen", nnx.Not(in_llama), self._loss)]
+        return [training.phase("full", nnx.Not(self._unread), self._loss)]
 
     def _unread(self, path: tuple[Any, ...], _: Any) -> bool:
         """The Llama's tables that this loss never reads: trained, they would only decay (and cost Adam's memory)."""
@@ -164,24 +150,22 @@ class EfficientIDS:
         Raises:
             ValueError: ids outside 0 … N.
         """
-        num_items = self.spec.model.num_items
-        for name, ids in (("histories", histories.item_ids), ("exclude", exclude)):
-            if ids is not None and ids.size and (ids.min() < 0 or ids.max() > num_items):
-                raise ValueError(f"{name}: item ids {ids.min()} … {ids.max()}, the catalogue has 1 … {num_items}")
-        rows, items = len(histories.lengths), self.spec.max_seq_len
-        ids_BH, lengths_B = newest(histories, items)
-        exclude_BX = np.zeros((rows, 1), np.int32) if exclude is None else exclude
-        batch = [_pad_rows(ids_BH), _pad_rows(lengths_B), _pad_columns(_pad_rows(exclude_BX))]
         graphdef, state = nnx.split(model)
-        padded_k = min(_power_of_two(k), num_items)
-        ids, scores = self._top_k(graphdef, state, *batch, k=max(padded_k, k))
+        asked = request(histories, exclude, k, self.max_items, self.spec.model.num_items)
+        ids, scores = self._top_k(graphdef, state, asked.item_ids, asked.lengths, asked.exclude, k=asked.k)
+        rows = len(histories.lengths)
         return Ranked(np.asarray(ids)[:rows, :k], np.asarray(scores)[:rows, :k])
 
-    def sequence(self, model: TitledModel, item_ids_BH: jax.Array, lengths_B: jax.Array) -> Woven:
-        """Histories → the Llama's input: items alone, or each item followed by its title."""
+    def sequence(
+        self, model: TitledModel, item_ids_BH: jax.Array, lengths_B: jax.Array, segments_BH: jax.Array | None = None
+    ) -> Woven:
+        """Histories → the Llama's input: items alone, or each item followed by its title.
+
+        `segments_BH` (int) tells the histories of a packed row apart.
+        """
         if model.titles_NK is None:
-            return items_only(item_ids_BH, lengths_B)
-        return weave(item_ids_BH, lengths_B, model.titles_NK[...], self.spec.bos, self.spec.seq_len)
+            return items_only(item_ids_BH, lengths_B, segments_BH)
+        return weave(item_ids_BH, lengths_B, model.titles_NK[...], self.spec.bos, self.spec.seq_len, segments_BH)
 
     @functools.partial(jax.jit, static_argnums=(0, 1), static_argnames="k")
     def _top_k(
@@ -197,9 +181,9 @@ class EfficientIDS:
         return model.top_k(hidden_BD, k, exclude_BX)
 
     def _loss(self, model: TitledModel, batch: Batch, key: jax.Array, step: jax.Array) -> LossSum:
-        sequence = self.sequence(model, batch["item_ids"], batch["lengths"])
+        sequence = self.sequence(model, batch["item_ids"], batch["lengths"], batch.get("segments"))
         weight = self.spec.text_loss_weight
-        parts = model.loss(sequence, self.spec.max_seq_len, with_text=weight > 0, key=key)
+        parts = model.loss(sequence, batch["item_ids"].shape[1], with_text=weight > 0, key=key)
         if not weight:
             return LossSum(parts.item_loss, parts.num_items, parts.num_items, {})
         metrics = {
@@ -215,26 +199,3 @@ def _blank_clusters(spec: EfficientIDSSpec) -> Clusters:
     item_N1 = jnp.zeros((spec.model.num_items + 1,), jnp.int32)
     sizes_C = jnp.zeros((spec.num_clusters,), jnp.int32)
     return Clusters(item_N1, item_N1, jnp.zeros((spec.num_clusters, spec.cluster_slots), jnp.int32), sizes_C)
-
-
-def newest(histories: Histories, items: int) -> tuple[np.ndarray, np.ndarray]:
-    """The newest `items` of each history, right-padded: int32 [B, items] and lengths [B]."""
-    lengths_B = np.minimum(histories.lengths, items).astype(np.int32)
-    start_B1 = (histories.lengths - lengths_B)[:, None]
-    columns_BH = start_B1 + np.arange(items)
-    inside_BH = np.arange(items) < lengths_B[:, None]
-    width = histories.item_ids.shape[1]
-    picked_BH = np.take_along_axis(histories.item_ids, np.minimum(columns_BH, width - 1), axis=1)
-    return np.where(inside_BH, picked_BH, 0).astype(np.int32), lengths_B
-
-
-def _power_of_two(n: int) -> int:
-    return 1 << max(n - 1, 0).bit_length()
-
-
-def _pad_rows(x: np.ndarray) -> np.ndarray:
-    return np.pad(x, [(0, _power_of_two(len(x)) - len(x))] + [(0, 0)] * (x.ndim - 1)).astype(np.int32)
-
-
-def _pad_columns(x: np.ndarray) -> np.ndarray:
-    return np.pad(x, [(0, 0), (0, _power_of_two(x.shape[1]) - x.shape[1])])

@@ -62,12 +62,11 @@ def main(arguments: Sequence[str]) -> int:
     users = chosen_users(dataset, config.users)
     began = time.perf_counter()
     table = recommend_users(
-        loaded.system,
+        loaded.recommender,
         loaded.model,
         dataset,
         users,
         k=config.k,
-        max_items=loaded.system.spec.max_seq_len,
         keep_seen=config.seen == "keep",
         batch_size=config.batch_size,
         progress=progress("recommended for", sys.stderr),

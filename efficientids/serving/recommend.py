@@ -51,7 +51,6 @@ def recommend_users(
     users: np.ndarray,
     *,
     k: int,
-    max_items: int,
     keep_seen: bool,
     batch_size: int,
     progress: Callable[[int, int], None] | None = None,
@@ -65,7 +64,7 @@ def recommend_users(
     names = dataset.users["user_id"].to_numpy()
     frames: list[pl.DataFrame] = []
     done = 0
-    for batch in evaluation_batches(dataset, "all", batch_size, max_items, users=users):
+    for batch in evaluation_batches(dataset, "all", batch_size, recommender.max_items, users=users):
         exclude = None if keep_seen else batch.seen
         ranked = recommender.recommend(model, Histories(batch.item_ids, batch.lengths), k, exclude)
         real = (batch.users >= 0)[:, None] & (ranked.item_ids > 0)

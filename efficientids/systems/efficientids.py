@@ -1,72 +1,161 @@
-"""From a configuration and a data set to a recommender and its model at the start."""
+"""`--recommender efficientids`: from a configuration and a data set to EfficientIDS and its model at the start."""
 
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from core import clustering
-from core.clustering import Clusters
+from core.chunked import CHUNK_ELEMENTS
+from core.clustering import default_num_clusters
 from core.config import LlamaConfig
 from core.layers import Init
-from core.llama import Compute
-from core.llama_loader import LlamaLoader
 from core.models.efficientids import EfficientIDSConfig
-from core.weight_files import CheckpointError
-from efficientids.config import TrainConfig
-from efficientids.data.batches import steps_per_epoch, training_batches
-from efficientids.data.cooccurrence import cooccurrence_vectors
+from core.packing import PackPlan
+from efficientids.config import ITEM_KNN_FLAGS, SASREC_FLAGS, TrainConfig
 from efficientids.data.dataset import Dataset
-from efficientids.data.titles import title_table
 from efficientids.errors import UserError
-from efficientids.recommenders.base import Batch, OptimizerConfig, in_llama
-from efficientids.recommenders.efficientids import EfficientIDS, EfficientIDSSpec, Training
-from efficientids.resolve import starts_at_random
+from efficientids.recommenders.base import Recommender
+from efficientids.recommenders.efficientids import EfficientIDS, EfficientIDSSpec
+from efficientids.systems import base
+from efficientids.systems.base import Earlier, Packing, Scale
+from efficientids.systems.buffers import (
+    check_same_buffers,
+    cluster_shape,
+    clusters_of,
+    made_clusters,
+    title_tokens,
+    titled_items,
+)  # fmt: skip
+from efficientids.systems.llama import (
+    compute,
+    described,
+    llama_config,
+    llama_param_dtype,
+    load_llama,
+    starts_at_random,
+    weights_folder,
+    with_llama,
+)  # fmt: skip
+
+# The full softmax is the plainer model and needs no clusters; its cost decides against it only for large catalogues
+# (benchmarks/softmax.py measures where: on a CPU the two-level head costs less at every size).
+TWO_LEVEL_FROM = 100_000
+# From this width on a layer's activations cost more memory than its recomputation costs time.
+REMAT_FROM_WIDTH = 1024
 
 
-def compute(precision: str, remat: str = "none", chunk_elements: int | None = None) -> Compute:
-    """How the Llama computes under `--precision` (resolved) and `--gradient_checkpointing`."""
-    return Compute(jnp.bfloat16 if precision == "bfloat16" else jnp.float32, remat, chunk_elements)
+class EfficientIDSSystem:
+    """See `efficientids.systems.base.System`."""
+
+    unread = SASREC_FLAGS | ITEM_KNN_FLAGS
+    # How long sequences are and how text is weighed may change; what has parameters or buffers may not.
+    may_change = frozenset({"seq_len", "max_seq_len", "text_loss_weight", "model.dropout", "model.init_std"})
+
+    def resolve(self, config: TrainConfig, scale: Scale) -> TrainConfig:
+        """See `System.resolve`."""
+        llama = llama_config(config)
+        _check_lengths(config, llama)
+        random = starts_at_random(config)
+        small = llama.hidden_size < REMAT_FROM_WIDTH
+        from_scratch = random and config.load_checkpoint is None
+        item_dim = config.item_dim or min(384, llama.hidden_size)
+        if config.item_rank is not None and config.item_rank > item_dim:
+            raise UserError(
+                f"--item_rank {config.item_rank}: item vectors have {item_dim} dimensions; give at most that"
+            )
+        remat = config.gradient_checkpointing
+        titled = config.item_text == "title"
+        max_items = config.max_seq_len or (config.seq_len // 2 if titled else config.seq_len)
+        config = dataclasses.replace(
+            config,
+            dropout=(0.2 if random and small else 0.0) if config.dropout is None else config.dropout,
+            gradient_checkpointing=("dots" if small else "full") if remat == "auto" else remat,
+            max_seq_len=max_items,
+            item_dim=item_dim,
+            tokenizer=_tokenizer(config),
+            # A titled row takes seq_len positions however few its items.
+            length_buckets=1 if titled or config.pack_sequences else config.length_buckets,
+            **_head(config, scale.num_items),
+        )
+        return base.resolve_training(
+            config, scale, max_items=max_items,
+            batch_size=64 if small else 8,
+            learning_rate=1e-3 if from_scratch else 5e-4 if config.freeze_llama else 5e-5,
+            max_warmup=100 if config.freeze_llama else 500,
+        )  # fmt: skip
+
+    def headline(self, config: TrainConfig) -> str:
+        """See `System.headline`."""
+        return f"{described(config, llama_config(config))}, {config.head} head, {config.seq_len} positions"
+
+    def recommender(self, config: TrainConfig, dataset: Dataset, earlier: Earlier | None) -> EfficientIDS:
+        """See `System.recommender`."""
+        llama = llama_config(config)
+        titles, bos = title_tokens(config, llama, dataset) if config.item_text == "title" else (None, 0)
+        clusters = None if earlier is None else clusters_of(earlier.model)
+        if config.head == "two_level" and clusters is None:
+            clusters = made_clusters(config, dataset)
+        check_same_buffers(earlier, config, clusters, titles)
+        max_items = config.max_seq_len
+        assert max_items is not None
+        window = max_items if titles is None else min(max_items, titled_items(config.seq_len, titles, dataset))
+        shape = (0, 0) if clusters is None else (clusters.num_clusters, clusters.members_CM.shape[1])
+        return EfficientIDS(
+            spec(config, llama, dataset.catalogue_size, shape, bos),
+            compute=compute(config.precision, config.gradient_checkpointing),
+            init=Init(param_dtype=llama_param_dtype(config)),
+            clusters=clusters,
+            titles=titles,
+            training=base.training(
+                config, max_items, dataset, window_items=window, packing=_packing(config, dataset, titles)
+            ),
+            freeze_llama=config.freeze_llama,
+        )
+
+    def weights(self, config: TrainConfig) -> Path | None:
+        """See `System.weights`."""
+        return None if starts_at_random(config) else weights_folder(config)
+
+    def start(self, recommender: Recommender, config: TrainConfig) -> nnx.Module:
+        """At random, or with the pretrained Llama in its place."""
+        folder = self.weights(config)
+        if folder is None:
+            return base.start_at_random(recommender, config)
+        differing = base.differing_fields(LlamaConfig.from_hf(folder), recommender.spec.model.llama)
+        if differing:
+            listed = "\n  ".join(differing)
+            raise UserError(
+                f"{folder / 'config.json'} is not the shape of --llama_size {config.llama_size}:\n  {listed}"
+            )
+        return with_llama(recommender, jax.random.key(config.seed), load_llama(folder, llama_param_dtype(config)))
+
+    def planned(self, config: TrainConfig, scale: Scale) -> EfficientIDS:
+        """Clusters, where there are any, are those of --clustering, or taken to be balanced.
+
+        The loss is cut into chunks of a GPU's size.
+        """
+        assert config.max_seq_len is not None
+        return EfficientIDS(
+            spec(config, llama_config(config), scale.num_items, cluster_shape(config, scale.num_items)),
+            compute=compute(config.precision, config.gradient_checkpointing, CHUNK_ELEMENTS),
+            init=Init(param_dtype=llama_param_dtype(config)),
+            training=base.training(config, config.max_seq_len, None, packing=_planned_packing(config, scale)),
+            freeze_llama=config.freeze_llama,
+        )
+
+    def restored(self, spec: Mapping[str, Any], config: TrainConfig, precision: str) -> EfficientIDS:
+        """See `System.restored`."""
+        init = Init(param_dtype=llama_param_dtype(config))
+        return EfficientIDS(EfficientIDSSpec.from_json(dict(spec)), compute=compute(precision), init=init)
 
 
-def llama_param_dtype(config: TrainConfig) -> Any:
-    """Trained parameters are float32 masters; a frozen Llama is kept in the precision it computes in."""
-    return compute(config.precision).dtype if config.freeze_llama else jnp.float32
-
-
-def recommender(
-    config: TrainConfig, llama: LlamaConfig, dataset: Dataset, clusters: Clusters | None = None
-) -> EfficientIDS:
-    """The system that a resolved configuration describes, ready to train on `dataset`.
-
-    `clusters`: those of an earlier run whose parameters will be taken over; None: given or made anew.
-    """
-    titles, bos = None, 0
-    if config.item_text == "title":
-        tokenizer = config.tokenizer or weights_folder(config) / "tokenizer.json"
-        if "title" not in dataset.items.columns:
-            raise UserError(f"--item_text title: the items of {dataset.path} have no titles; leave the flag out")
-        texts = dataset.items["title"].to_list()
-        titles, bos = title_table(texts, tokenizer, config.title_tokens, llama.vocab_size)
-    if config.head == "two_level" and clusters is None:
-        clusters = _clusters(config, dataset)
-    shape = (0, 0) if clusters is None else (clusters.num_clusters, clusters.members_CM.shape[1])
-    return EfficientIDS(
-        spec(config, llama, dataset.catalogue_size, shape, bos),
-        compute=compute(config.precision, config.gradient_checkpointing),
-        init=Init(param_dtype=llama_param_dtype(config)),
-        clusters=clusters,
-        titles=titles,
-        training=_training(config, dataset, titles),
-    )
+SYSTEMS: dict[str, base.System] = {"efficientids": EfficientIDSSystem()}
 
 
 def spec(
@@ -95,159 +184,70 @@ def spec(
     )
 
 
-def start(system: EfficientIDS, config: TrainConfig) -> nnx.Module:
-    """The model before its first step: at random, or with the pretrained Llama in its place."""
-    key = jax.random.key(config.seed)
+def _packing(config: TrainConfig, dataset: Dataset, titles: np.ndarray | None) -> Packing | None:
+    """How `--pack_sequences` packs the training histories; None without it."""
+    if not config.pack_sequences:
+        return None
+    size = dataset.catalogue_size + 1
+    widths_N = np.ones(size, np.int64) if titles is None else 1 + (titles >= 0).sum(axis=1)
+    items, offsets = dataset.training_histories()
+    ends = np.concatenate([[0], np.cumsum(widths_N[items])])[offsets]
+    return _packed(config, np.diff(ends), dataset.train_lengths, widths_N, bos=titles is not None)
+
+
+def _planned_packing(config: TrainConfig, scale: Scale) -> Packing | None:
+    """The same without data: every text as long as it may be."""
+    if not config.pack_sequences:
+        return None
+    titled = config.item_text == "title"
+    widths_N = np.full(scale.num_items + 1, 1 + (config.title_tokens if titled else 0))
+    return _packed(config, scale.train_lengths * widths_N[0], scale.train_lengths, widths_N, bos=titled)
+
+
+def _packed(config: TrainConfig, sizes_U: np.ndarray, items_U: np.ndarray, widths_N: np.ndarray, bos: bool) -> Packing:
+    assert config.batch_size is not None
+    trains = items_U >= 2
+    rows = config.batch_size * config.gradient_accumulation
+    plan = PackPlan.of(sizes_U[trains], items_U[trains], rows=rows, positions=config.seq_len, bos=int(bos))
+    return Packing(plan, widths_N)
+
+
+def _head(config: TrainConfig, num_items: int) -> dict[str, Any]:
+    """`head` and `num_clusters`, settled."""
+    head, clusters = config.head, config.num_clusters
+    if head == "auto":
+        wants_clusters = config.clustering is not None or clusters is not None
+        head = "two_level" if wants_clusters or num_items >= TWO_LEVEL_FROM else "full"
+    if head == "two_level" and clusters is None and config.clustering is None:
+        clusters = default_num_clusters(num_items)
+    if clusters is not None and clusters > num_items:
+        raise UserError(f"--num_clusters {clusters}: the catalogue has {num_items} items; give at most that many")
+    return {"head": head, "num_clusters": clusters}
+
+
+def _tokenizer(config: TrainConfig) -> Path | None:
+    """The file to read titles with; None: none is needed, or the one that comes with the weights of --llama_size."""
+    if config.item_text == "none" or config.tokenizer is not None:
+        return config.tokenizer
+    if config.weights is not None:
+        return config.weights / "tokenizer.json"
     if starts_at_random(config):
-        return jax.jit(system.init)(key)
-    folder = weights_folder(config)
-    differing = differing_fields(LlamaConfig.from_hf(folder), system.spec.model.llama)
-    if differing:
-        listed = "\n  ".join(differing)
-        raise UserError(f"{folder / 'config.json'} is not the shape of --llama_size {config.llama_size}:\n  {listed}")
-    return with_llama(system, key, load_llama(folder, llama_param_dtype(config)))
+        raise UserError("--item_text title needs a tokenizer: give --tokenizer FILE, or --weights with one beside them")
+    return None
 
 
-def weights_folder(config: TrainConfig) -> Path:
-    """Where the pretrained Llama's files are: --weights, or the published ones of --llama_size (downloaded once)."""
-    loader = LlamaLoader(path=config.weights) if config.weights else LlamaLoader(model_size=config.llama_size)
-    try:
-        return loader.folder()
-    except CheckpointError as error:
-        raise UserError(str(error)) from error
-
-
-def load_llama(folder: Path, param_dtype: Any) -> nnx.State:
-    """The parameters of the Llama in `folder`; what is wrong with its files is a UserError."""
-    try:
-        _, params, _ = LlamaLoader(path=folder).load_model(param_dtype=param_dtype)
-    except ValueError as error:
-        raise UserError(str(error)) from error
-    return params
-
-
-def with_llama(system: EfficientIDS, key: jax.Array, llama_params: nnx.State) -> nnx.Module:
-    """A model at its random start whose Llama has the given parameters; the Llama is never in memory twice."""
-    graphdef, _ = nnx.split(nnx.eval_shape(system.init, key))
-    # Only what is not the Llama leaves this program, so XLA never makes a random Llama.
-    own = jax.jit(lambda k: nnx.state(system.init(k), nnx.Not(in_llama)))(key)
-    return nnx.merge(graphdef, own, nnx.State({"llama": llama_params}))
-
-
-def training(config: TrainConfig, steps_per_epoch: float, batches: Callable[[int, int], Iterator[Batch]]) -> Training:
-    """How a resolved configuration trains; `batches` as in `Phase`."""
-    assert config.num_steps is not None and config.batch_size is not None
-    assert config.learning_rate is not None and config.warmup_steps is not None
-    return Training(
-        num_steps=config.num_steps,
-        steps_per_epoch=steps_per_epoch,
-        batch_rows=config.batch_size * config.gradient_accumulation,
-        optimizer=OptimizerConfig(config.learning_rate, config.warmup_steps, config.weight_decay),
-        freeze_llama=config.freeze_llama,
-        batches=batches,
-    )
-
-
-def _training(config: TrainConfig, dataset: Dataset, titles: np.ndarray | None) -> Training:
-    assert config.batch_size is not None and config.max_seq_len is not None
-    rows, max_items = config.batch_size * config.gradient_accumulation, config.max_seq_len
-    window = max_items if titles is None else min(max_items, titled_items(config.seq_len, titles, dataset))
-
-    def batches(seed: int, start_step: int) -> Iterator[Batch]:
-        return training_batches(
-            dataset,
-            batch_size=rows,
-            max_items=max_items,
-            window_items=window,
-            seed=seed,
-            start_step=start_step,
+def _check_lengths(config: TrainConfig, llama: LlamaConfig) -> None:
+    limit = llama.max_position_embeddings
+    if config.seq_len > limit and (llama.rope_scaling is None or llama.rope_scaling.kind != "dynamic"):
+        raise UserError(f"--seq_len {config.seq_len}: the Llama has max_position_embeddings {limit}; give at most that")
+    if config.max_seq_len is not None and config.max_seq_len > config.seq_len:
+        raise UserError(
+            f"--max_seq_len {config.max_seq_len}: an item takes a position, and --seq_len is {config.seq_len}; "
+            "raise --seq_len, or leave --max_seq_len out"
         )
-
-    return training(config, steps_per_epoch(dataset, rows), batches)
-
-
-def titled_items(seq_len: int, titles: np.ndarray, dataset: Dataset) -> int:
-    """How many items fit with their titles into `seq_len` positions, on average over the interactions; at least 2."""
-    width_N = 1 + (titles >= 0).sum(axis=1)
-    return max(2, int((seq_len - 1) / width_N[dataset.item_ids].mean()))
-
-
-def _clusters(config: TrainConfig, dataset: Dataset) -> Clusters:
-    size = dataset.catalogue_size
-    if config.clustering is not None:
-        return given_clusters(config.clustering, size)
-    count = config.num_clusters
-    assert count is not None
-    items, offsets = training_histories(dataset)
-    vectors = cooccurrence_vectors(items, offsets, size, dim=64, window=10, seed=config.seed)
-    # By direction alone: popular items have long vectors, which would make a cluster of their own kind.
-    vectors /= np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
-    assignment = clustering.kmeans(vectors, count, jax.random.key(config.seed), balanced=True)
-    return clustering.from_assignment(np.asarray(assignment), count)
-
-
-def given_clusters(file: Path, num_items: int) -> Clusters:
-    """The clusters of `--clustering FILE`.
-
-    Raises:
-        UserError: no such file, or not one cluster id for each of `num_items` items, without a gap.
-    """
-    try:
-        given = clustering.load_clustering(file, num_items)
-        return clustering.from_assignment(given, int(given.max()) + 1)
-    except (ValueError, OSError) as error:
-        raise UserError(f"--clustering: {error}") from error
-
-
-def training_histories(dataset: Dataset) -> tuple[np.ndarray, np.ndarray]:
-    """All users' training items, flat, and where each user's begin: nothing held out is among them."""
-    lengths = dataset.split_lengths("train")
-    kept = np.arange(len(dataset.item_ids)) - np.repeat(dataset.offsets[:-1], dataset.lengths)
-    items = dataset.item_ids[kept < np.repeat(lengths, dataset.lengths)]
-    return items, np.concatenate([[0], np.cumsum(lengths)])
-
-
-def describe(
-    system: EfficientIDS, config: TrainConfig, dataset: Dataset, weights: dict[str, str] | None, run: Path
-) -> dict[str, Any]:
-    """What `model.json` says: enough to rebuild the model and to find its data set and its weight file.
-
-    Args:
-        weights: path and sha256 of the frozen Llama's weight file; None where checkpoints hold every parameter.
-        run: the run folder; a data set inside it is named relative to it, so that the folder can be moved.
-    """
-    data, home = Path(dataset.path).resolve(), run.resolve()
-    return {
-        "recommender": config.recommender,
-        "spec": system.spec.to_json(),
-        "precision": config.precision,
-        "dataset": {
-            "path": str(data.relative_to(home) if data.is_relative_to(home) else data),
-            "fingerprint": dataset.fingerprint,
-            "items_sha256": items_sha256(dataset),
-        },
-        "frozen_weights": weights,
-    }
-
-
-def items_sha256(dataset: Dataset) -> str:
-    """Which item each index stands for: the sha256 of the external ids in order, a line each."""
-    return hashlib.sha256("\n".join(dataset.items["item_id"].to_list()).encode()).hexdigest()
-
-
-def abstract(spec: EfficientIDSSpec, precision: str, param_dtype: Any) -> tuple[EfficientIDS, nnx.GraphDef, nnx.State]:
-    """The recommender of a run, its graph definition, and its state as shapes and dtypes."""
-    system = EfficientIDS(spec, compute=compute(precision), init=Init(param_dtype=param_dtype))
-    return system, *nnx.split(nnx.eval_shape(system.init, jax.random.key(0)))
-
-
-def differing_fields(one: Any, other: Any, prefix: str = "") -> list[str]:
-    """`name: a ≠ b` for each field in which two dataclasses differ."""
-    lines: list[str] = []
-    for field in dataclasses.fields(one):
-        a, b = getattr(one, field.name), getattr(other, field.name)
-        if dataclasses.is_dataclass(a) and dataclasses.is_dataclass(b):
-            lines += differing_fields(a, b, f"{prefix}{field.name}.")
-        elif a != b:
-            lines.append(f"{prefix}{field.name}: {a} ≠ {b}")
-    return lines
+    titled = 1 + 2 * (1 + config.title_tokens)
+    if config.item_text == "title" and config.seq_len < titled:
+        raise UserError(
+            f"--seq_len {config.seq_len}: BOS and two items with titles of --title_tokens {config.title_tokens} need "
+            f"{titled} positions; raise --seq_len or lower --title_tokens"
+        )

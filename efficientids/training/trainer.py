@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -15,6 +16,7 @@ from efficientids.errors import UserError
 from efficientids.log import RunLog
 from efficientids.recommenders.base import Phase, Recommender
 from efficientids.runs import RunFolder
+from efficientids.training.optimizer import learning_rate
 from efficientids.training.step import Program, TrainState, build_program
 
 Validate = Callable[[nnx.Module], dict[str, float]]
@@ -53,6 +55,8 @@ def train(
 ) -> None:
     """Trains `model` through all phases of `recommender.plan()`; the result is in the run's checkpoints.
 
+    A plan without phases (a baseline that only counts) is validated and saved as step 0.
+
     Args:
         model: concrete; its arrays are given away (donated) to the steps.
         validate: model → validation metrics as fractions, `ndcg@10` among them.
@@ -61,8 +65,13 @@ def train(
         UserError: the loss or a gradient is not finite. Checkpoints written before stay.
     """
     done = 0
+    phases = recommender.plan()
     with writer(run.checkpoints) as checkpoints:
-        for phase in recommender.plan():
+        if not phases:
+            metrics = validate(model)
+            log.record({"event": "validation", "phase": "counted", "step": 0, **metrics})
+            checkpoints.save(0, nnx.state(model, options.saved), (), metrics, {"phase": "counted"})
+        for phase in phases:
             program = build_program(model, phase, accumulation=options.accumulation, grad_clip=options.grad_clip)
             loop = _Loop(phase, program, options, log, validate, checkpoints, done)
             model = loop.run()
@@ -84,6 +93,8 @@ class _Loop:
     ) -> None:
         self._phase, self._program, self._options = phase, program, options
         self._log, self._validate, self._checkpoints, self._first = log, validate, checkpoints, first_step
+        # Of the first group; where there are several, they share the schedule's form.
+        self._learning_rate = learning_rate(phase.groups[0][1], phase.num_steps)
         self._best, self._best_step = -math.inf, 0
         self.steps_done = 0
 
@@ -94,24 +105,30 @@ class _Loop:
         state, frozen = self._program.state, self._program.frozen
         # A later phase starts with an order of its own.
         batches = phase.batches(options.seed + self._first, 0)
-        unread: tuple[int, dict[str, jax.Array]] | None = None
+        unread: tuple[int, dict[str, jax.Array], float] | None = None
+        names, began = phase.batch_specs[0], time.perf_counter()
         for step in range(1, phase.num_steps + 1):
-            batch = {name: value for name, value in next(batches).items() if name in phase.batch_spec}
+            asked = time.perf_counter()
+            batch = {name: value for name, value in next(batches).items() if name in names}
+            waited = time.perf_counter() - asked
             state, metrics = self._program.step(state, frozen, batch, key)
             if unread is not None:
                 self._read(*unread)
-            unread = (step, metrics)
+            began, ended = time.perf_counter(), began
+            unread = (step, metrics, waited / max(began - ended, 1e-9))
             self.steps_done = step
             if step % options.eval_every == 0 or step == phase.num_steps:
                 self._read(*unread)
                 unread = None
                 with self._log.untimed():
                     ends = self._evaluate_and_save(step, state)
+                began = time.perf_counter()
                 if ends:
                     break
         return self._program.model(state)
 
-    def _read(self, step: int, metrics: dict[str, jax.Array]) -> None:
+    def _read(self, step: int, metrics: dict[str, jax.Array], input_wait: float) -> None:
+        """Logs a step; `input_wait` is the share of its time that went into waiting for the batch."""
         values = {name: float(value) for name, value in metrics.items()}
         for name in ("loss", "grad_norm"):
             if not math.isfinite(values[name]):
@@ -119,6 +136,8 @@ class _Loop:
                     f"step {self._first + step}: {name} is {values[name]}, so training stops; earlier checkpoints are "
                     "kept. Try a lower --learning_rate, more --warmup_steps, or --precision float32"
                 )
+        values["learning_rate"] = float(self._learning_rate(step - 1))
+        values["input_wait"] = input_wait
         epoch = step / self._phase.steps_per_epoch
         self._log.step(self._phase.name, step, self._phase.num_steps, epoch, values, self._first)
 

@@ -11,7 +11,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from efficientids.data.batches import evaluation_batches, seen_width, steps_per_epoch, training_batches
+from efficientids.data.batches import (
+    Shard,
+    evaluation_batches,
+    length_buckets,
+    seen_width,
+    steps_per_epoch,
+    training_batches,
+)  # fmt: skip
 from efficientids.data.dataset import Dataset
 from efficientids.data.writing import write_dataset
 from efficientids.errors import UserError
@@ -24,9 +31,15 @@ def eleven(tmp_path: Path, make_contents: Callable) -> Dataset:
     return write_dataset(tmp_path / "eleven", make_contents(histories, 30))
 
 
-def _take(dataset: Dataset, count: int, **options: Any) -> list[dict[str, np.ndarray]]:
-    settings = {"batch_size": 4, "max_items": 5, "seed": 7, **options}
-    return list(itertools.islice(training_batches(dataset, **settings), count))
+def _take(
+    dataset: Dataset, count: int, batch_size: int = 4, max_items: int = 5, buckets: int = 1, **options: Any
+) -> list[dict[str, np.ndarray]]:
+    shapes = length_buckets(batch_size, max_items, buckets)
+    return list(itertools.islice(training_batches(dataset, shapes, **{"seed": 7, **options}), count))
+
+
+def _train(dataset: Dataset, user: int) -> np.ndarray:
+    return dataset.item_ids[dataset.offsets[user] :][: dataset.train_lengths[user]]
 
 
 def _assert_equal(first: list[dict[str, np.ndarray]], second: list[dict[str, np.ndarray]]) -> None:
@@ -47,36 +60,77 @@ def test_shapes_and_dtypes(eleven: Dataset) -> None:
     }
 
 
+@pytest.mark.parametrize("buckets", [1, 2])
 @pytest.mark.parametrize("start", [1, 5, 12])
 @pytest.mark.parametrize("prefetch", [0, 2])
-def test_a_step_is_the_same_wherever_one_starts(eleven: Dataset, start: int, prefetch: int) -> None:
-    _assert_equal(_take(eleven, start + 3)[start:], _take(eleven, 3, start_step=start, prefetch=prefetch))
+def test_a_step_is_the_same_wherever_one_starts(eleven: Dataset, start: int, prefetch: int, buckets: int) -> None:
+    whole = _take(eleven, start + 3, buckets=buckets)
+    _assert_equal(whole[start:], _take(eleven, 3, buckets=buckets, start_step=start, prefetch=prefetch))
 
 
-def test_every_user_once_an_epoch_and_epochs_differ(eleven: Dataset) -> None:
-    assert steps_per_epoch(eleven, 4) == 3
-    users = np.concatenate([batch["user"] for batch in _take(eleven, 11)])  # 44 rows: 4 epochs of 11
-    epochs = users.reshape(4, 11)
+@pytest.mark.parametrize("buckets", [1, 2, 3])
+def test_every_user_once_an_epoch_and_epochs_differ(eleven: Dataset, buckets: int) -> None:
+    steps = steps_per_epoch(eleven.train_lengths, length_buckets(2, 12, buckets))
+    batches = _take(eleven, 4 * steps, 2, 12, buckets)
+    epochs = [np.concatenate([b["user"] for b in batches[e * steps : (e + 1) * steps]]) for e in range(4)]
     for epoch in epochs:
-        assert sorted(epoch.tolist()) == list(range(11))  # user 11, with one training item, is left out
-    assert len({tuple(epoch) for epoch in epochs.tolist()}) == 4
+        # User 11, with one training item, is left out; −1 is an empty row of the last batch.
+        assert sorted(epoch[epoch >= 0].tolist()) == list(range(11))
+    assert len({tuple(epoch) for epoch in epochs}) == 4
 
 
 def test_seeds_give_other_orders_and_neighbours_share_no_epoch(eleven: Dataset) -> None:
-    orders = [np.concatenate([b["user"] for b in _take(eleven, 11, seed=seed)]).reshape(4, 11) for seed in (0, 1, 2)]
+    orders = [np.concatenate([b["user"] for b in _take(eleven, 12, seed=seed)]).reshape(4, 12) for seed in (0, 1, 2)]
     assert len({tuple(epoch) for order in orders for epoch in order.tolist()}) == 12
+
+
+def test_buckets_hold_about_the_same_number_of_positions() -> None:
+    assert length_buckets(3, 50, 4) == ((50, 3), (25, 6), (13, 12), (7, 24))
+    assert length_buckets(3, 5, 9) == ((5, 3), (3, 6), (2, 12))  # none narrower than 2 items
+
+
+def test_rows_are_in_the_narrowest_bucket_but_for_what_does_not_fill_a_batch(eleven: Dataset) -> None:
+    """Training lengths 2 … 12. Widths 12, 6, 3 with 1, 2, 4 rows: 2 and 3 do not fill the narrowest and move up."""
+    for batch in _take(eleven, 9, 1, 12, 3):
+        rows, width = batch["item_ids"].shape
+        assert (width, rows) in {(12, 1), (6, 2)}
+        np.testing.assert_array_equal(batch["lengths"], batch["user"] + 2)
+        assert width == 12 or batch["lengths"].max() <= 6
+    assert steps_per_epoch(eleven.train_lengths, length_buckets(1, 12, 3)) == 9
+
+
+def test_an_epochs_last_batch_alone_has_empty_rows(eleven: Dataset) -> None:
+    batches = _take(eleven, 3, 4)
+    empty = [int((batch["user"] < 0).sum()) for batch in batches]
+    assert sorted(empty) == [0, 0, 1]
+    last = batches[int(np.argmax(empty))]
+    assert not last["lengths"][last["user"] < 0].any() and not last["item_ids"][last["user"] < 0].any()
+
+
+def test_processes_share_each_batch(eleven: Dataset) -> None:
+    """Row for row the parts of all processes make the batch of one process, whatever their number."""
+    whole = _take(eleven, 7, 4, 12, 2)
+    for count in (2, 4):
+        parts = [_take(eleven, 7, 4, 12, 2, shard=Shard(index, count)) for index in range(count)]
+        for step, batch in enumerate(whole):
+            for name, array in batch.items():
+                np.testing.assert_array_equal(np.concatenate([part[step][name] for part in parts]), array)
+    with pytest.raises(UserError, match="4 users do not divide among 3 processes"):
+        _take(eleven, 1, shard=Shard(0, 3))
 
 
 def test_rows_are_windows_of_the_train_history(eleven: Dataset) -> None:
     starts: dict[int, Counter[int]] = {user: Counter() for user in range(11)}
     for batch in _take(eleven, 165):  # 60 epochs
         for item_ids, length, times, user in zip(*(batch[k] for k in batch), strict=True):
-            history = eleven.history(int(user), "train")
+            if user < 0:
+                continue
+            history = _train(eleven, int(user))
             assert length == min(len(history), 5)
             start = int(times[0]) // 10 - 1  # the times of a user are 10, 20, 30, …
             starts[int(user)][start] += 1
             np.testing.assert_array_equal(item_ids[:length], history[start : start + length])
-            np.testing.assert_array_equal(times[:length], eleven.history_times(int(user), "train")[start:][:length])
+            np.testing.assert_array_equal(times[:length], 10 * (np.arange(length) + start + 1))
             assert not item_ids[length:].any() and not times[length:].any()
     assert set(starts[2]) == {0}
     longest = starts[10]  # 12 items, windows of 5: 15 draws of the end, clipped to the 8 places
@@ -90,7 +144,7 @@ def test_every_item_has_about_the_same_chance(eleven: Dataset) -> None:
     for batch in _take(eleven, 600, batch_size=11):
         for item_ids, length, user in zip(batch["item_ids"], batch["lengths"], batch["user"], strict=True):
             if user == 10:
-                start = item_ids[0] - eleven.history(10, "train")[0]  # its items rise by one
+                start = item_ids[0] - _train(eleven, 10)[0]  # its items rise by one
                 seen[start : start + length] += 1
     chances = seen / 600
     assert chances.min() > 0.2
@@ -103,36 +157,25 @@ def test_fewer_window_items_reach_every_end_of_a_short_history(eleven: Dataset) 
     for batch in _take(eleven, 200, window_items=2):
         for item_ids, length, user in zip(batch["item_ids"], batch["lengths"], batch["user"], strict=True):
             if user == 2:
-                np.testing.assert_array_equal(item_ids[:length], eleven.history(2, "train")[:length])
+                np.testing.assert_array_equal(item_ids[:length], _train(eleven, 2)[:length])
                 ends.add(int(length))
-    assert ends == set(range(2, len(eleven.history(2, "train")) + 1))
-
-
-def test_transform_makes_the_rows(eleven: Dataset) -> None:
-    def doubled(row: dict[str, Any]) -> dict[str, Any]:
-        return {"twice": np.repeat(row["item_ids"], 2), "user": row["user"]}
-
-    plain, changed = _take(eleven, 3), _take(eleven, 3, transform=doubled)
-    for one, two in zip(plain, changed, strict=True):
-        assert two.keys() == {"twice", "user"}
-        np.testing.assert_array_equal(two["twice"], np.repeat(one["item_ids"], 2, axis=1))
+    assert ends == set(range(2, len(_train(eleven, 2)) + 1))
 
 
 @pytest.mark.parametrize(("option", "value"), [("batch_size", 0), ("max_items", 1), ("start_step", -1)])
 def test_sizes_out_of_range_are_refused_at_once(eleven: Dataset, option: str, value: int) -> None:
-    settings = {"batch_size": 4, "max_items": 5, "seed": 7, option: value}
     with pytest.raises(UserError, match=f"{option}: {value} is too small"):
-        training_batches(eleven, **settings)
+        _take(eleven, 1, **{option: value})
 
 
 def test_nobody_to_train_is_refused(tmp_path: Path, make_contents: Callable) -> None:
     dataset = write_dataset(tmp_path / "short", make_contents([[1, 2, 3], [4]]))
     with pytest.raises(UserError, match="no user has 2 items to train on"):
-        training_batches(dataset, batch_size=1, max_items=5, seed=0)
+        _take(dataset, 1)
 
 
-@pytest.mark.parametrize("split", ["validation", "test", "all"])
-def test_evaluation_batches_hold_every_user_in_order(eleven: Dataset, split: Any) -> None:
+@pytest.mark.parametrize(("split", "held_back"), [("validation", 2), ("test", 1), ("all", 0)])
+def test_evaluation_batches_hold_every_example_in_order(eleven: Dataset, split: Any, held_back: int) -> None:
     batches = list(evaluation_batches(eleven, split, 5, 6))
     users = np.concatenate([batch.users for batch in batches])
     assert users.tolist() == [*range(12), -1, -1, -1]  # 12 users, the one of 3 items too; 3 rows of padding
@@ -140,16 +183,16 @@ def test_evaluation_batches_hold_every_user_in_order(eleven: Dataset, split: Any
         assert batch.item_ids.shape == batch.timestamps.shape == (5, 6)
         assert batch.seen.shape == (5, seen_width(eleven)) == (5, 16)
         assert batch.seen.dtype == batch.item_ids.dtype == batch.targets.dtype == batch.users.dtype == np.int32
-        assert batch.lengths.dtype == np.int32 and batch.timestamps.dtype == np.int64
+        assert batch.lengths.dtype == batch.history_lengths.dtype == np.int32 and batch.timestamps.dtype == np.int64
         for row, user in enumerate(batch.users.tolist()):
-            history = eleven.history(user, split) if user >= 0 else np.zeros(0, np.int32)
-            times = eleven.history_times(user, split) if user >= 0 else np.zeros(0, np.int64)
-            newest = history[-6:]
-            assert batch.lengths[row] == len(newest)
+            whole = eleven.item_ids[eleven.offsets[user] : eleven.offsets[user + 1]] if user >= 0 else []
+            history = np.array(whole[: max(len(whole) - held_back, 0)], np.int32)
+            times, newest = 10 * (np.arange(len(history)) + 1), history[-6:]
+            assert batch.lengths[row] == len(newest) and batch.history_lengths[row] == len(history)
             np.testing.assert_array_equal(batch.item_ids[row], np.pad(newest, (0, 6 - len(newest))))
             np.testing.assert_array_equal(batch.timestamps[row], np.pad(times[-6:], (0, 6 - len(newest))))
             np.testing.assert_array_equal(batch.seen[row], np.pad(history, (0, 16 - len(history))))
-            assert batch.targets[row] == (eleven.targets(split)[user] if user >= 0 else 0)
+            assert batch.targets[row] == (whole[-held_back] if held_back and user >= 0 else 0)
 
 
 def test_evaluation_passes_over_users_without_a_target(dataset: Dataset) -> None:
@@ -169,8 +212,6 @@ def test_chosen_users(dataset: Dataset) -> None:
 
 
 def test_evaluating_nothing_is_refused(dataset: Dataset) -> None:
-    with pytest.raises(UserError, match="no user to evaluate in split 'train'"):
-        evaluation_batches(dataset, "train", 2, 3)
     with pytest.raises(UserError, match="too small"):
         evaluation_batches(dataset, "test", 0, 3)
 

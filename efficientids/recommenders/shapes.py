@@ -1,0 +1,64 @@
+"""Histories and exclusions in few shapes, so that few programs compile.
+
+Legend: B rows, H history items, X exclusions.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+
+from efficientids.recommenders.base import Histories
+
+
+class Request(NamedTuple):
+    """What a compiled ranking program reads: rows, exclusions and k padded to powers of two.
+
+    item_ids int32 [B, H], lengths int32 [B], exclude int32 [B, X] (0 for none), k results a row.
+    """
+
+    item_ids: np.ndarray
+    lengths: np.ndarray
+    exclude: np.ndarray
+    k: int
+
+
+def request(histories: Histories, exclude: np.ndarray | None, k: int, max_items: int, num_items: int) -> Request:
+    """The newest `max_items` of each history, padded.
+
+    Raises:
+        ValueError: ids outside 0 … num_items.
+    """
+    for name, ids in (("histories", histories.item_ids), ("exclude", exclude)):
+        if ids is not None and ids.size and (ids.min() < 0 or ids.max() > num_items):
+            raise ValueError(f"{name}: item ids {ids.min()} … {ids.max()}, the catalogue has 1 … {num_items}")
+    ids_BH, lengths_B = newest(histories, max_items)
+    exclude_BX = np.zeros((len(lengths_B), 1), np.int32) if exclude is None else exclude
+    padded_k = max(min(power_of_two(k), num_items), k)
+    return Request(pad_rows(ids_BH), pad_rows(lengths_B), _pad_columns(pad_rows(exclude_BX)), padded_k)
+
+
+def newest(histories: Histories, items: int) -> tuple[np.ndarray, np.ndarray]:
+    """The newest `items` of each history, right-padded: int32 [B, items] and lengths [B]."""
+    lengths_B = np.minimum(histories.lengths, items).astype(np.int32)
+    start_B1 = (histories.lengths - lengths_B)[:, None]
+    columns_BH = start_B1 + np.arange(items)
+    inside_BH = np.arange(items) < lengths_B[:, None]
+    width = histories.item_ids.shape[1]
+    picked_BH = np.take_along_axis(histories.item_ids, np.minimum(columns_BH, width - 1), axis=1)
+    return np.where(inside_BH, picked_BH, 0).astype(np.int32), lengths_B
+
+
+def power_of_two(n: int) -> int:
+    """The least power of two that is n or more; 1 for n ≤ 1."""
+    return 1 << max(n - 1, 0).bit_length()
+
+
+def pad_rows(x: np.ndarray) -> np.ndarray:
+    """int32, with rows of zeros up to a power of two."""
+    return np.pad(x, [(0, power_of_two(len(x)) - len(x))] + [(0, 0)] * (x.ndim - 1)).astype(np.int32)
+
+
+def _pad_columns(x: np.ndarray) -> np.ndarray:
+    return np.pad(x, [(0, 0), (0, power_of_two(x.shape[1]) - x.shape[1])])

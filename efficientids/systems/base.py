@@ -1,0 +1,245 @@
+"""The contract of a system, and what all systems share in making one: scale, defaults, batches, the random start."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import math
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import jax
+import numpy as np
+from flax import nnx
+
+from core.packing import PackPlan, pack_histories
+from efficientids.config import TrainConfig
+from efficientids.data.batches import Bucket, Shard, length_buckets, steps_per_epoch, training_batches
+from efficientids.data.dataset import Dataset
+from efficientids.errors import UserError
+from efficientids.recommenders.base import Batch, OptimizerConfig, Recommender, Training
+
+DEFAULT_EPOCHS = 10.0
+
+
+class Earlier(Protocol):
+    """An earlier run whose parameters are to be taken over (`--load_checkpoint`); `loading.LoadedRun` is one."""
+
+    @property
+    def recommender(self) -> Recommender: ...
+
+    @property
+    def model(self) -> nnx.Module: ...
+
+    @property
+    def where(self) -> Path: ...
+
+
+class System(Protocol):
+    """One value of `--recommender`.
+
+    Attributes:
+        unread: flags that have no meaning for it: giving them is an error.
+        may_change: fields of the spec that a run started with `--load_checkpoint` may have otherwise.
+    """
+
+    unread: frozenset[str]
+    may_change: frozenset[str]
+
+    def resolve(self, config: TrainConfig, scale: Scale) -> TrainConfig:
+        """The configuration with every `None` and `auto` that has a default replaced by it.
+
+        Raises:
+            UserError: values that do not go together, or not with the data set.
+        """
+
+    def headline(self, config: TrainConfig) -> str:
+        """The model of a resolved configuration in a few words."""
+
+    def recommender(self, config: TrainConfig, dataset: Dataset, earlier: Earlier | None) -> Recommender:
+        """What a resolved configuration describes, ready to train on `dataset`.
+
+        Raises:
+            UserError: the buffers (clusters, titles, …) would not be those that `earlier`'s parameters belong to.
+        """
+
+    def start(self, recommender: Recommender, config: TrainConfig) -> nnx.Module:
+        """The model before its first step."""
+
+    def weights(self, config: TrainConfig) -> Path | None:
+        """The folder of the pretrained weights that the model starts from; None: it starts at random."""
+
+    def planned(self, config: TrainConfig, scale: Scale) -> Recommender:
+        """As `recommender` for a resolved configuration, without data: to be seen through `jax.eval_shape` only."""
+
+    def restored(self, spec: Mapping[str, Any], config: TrainConfig, precision: str) -> Recommender:
+        """The recommender of a run's `model.json`, with empty buffers for a checkpoint to fill.
+
+        Raises:
+            KeyError, TypeError, ValueError: `spec` lacks fields or has unknown ones.
+        """
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Scale:
+    """What the defaults need to know of a data set. Without one, planning assumes MovieLens 1M, 5-core.
+
+    `train_lengths`: how many interactions of each user train, int [U].
+    """
+
+    num_items: int = 3416
+    train_lengths: np.ndarray = dataclasses.field(default_factory=lambda: np.full(6040, 163))
+    path: Path | None = None
+
+    @staticmethod
+    def of(dataset: Dataset) -> Scale:
+        """The scale of a prepared data set.
+
+        Raises:
+            UserError: nobody to train on, or nobody to evaluate on: better now than after the first steps.
+        """
+        if not (dataset.train_lengths >= 2).any():
+            raise UserError(f"{dataset.path}: no user has 2 items to train on; prepare a data set with more")
+        if not len(dataset.examples("validation").users):
+            raise UserError(f"{dataset.path}: no user has a validation target (3 interactions, with leave-one-out)")
+        return Scale(dataset.catalogue_size, np.asarray(dataset.train_lengths), dataset.path)
+
+
+def resolve_training(
+    config: TrainConfig, scale: Scale, *, batch_size: int, learning_rate: float, max_warmup: int, max_items: int
+) -> TrainConfig:
+    """Batch, length and rates of training, from the system's own defaults where flags leave them open."""
+    on_gpu = jax.default_backend() == "gpu"
+    # One device for now: a batch on one device is the batch.
+    batch = config.batch_size or config.batch_size_per_device or batch_size
+    rate = learning_rate if config.learning_rate is None else config.learning_rate
+    config = dataclasses.replace(
+        config, data_dir=scale.path, batch_size=batch, batch_size_per_device=None, learning_rate=rate,
+        precision=("bfloat16" if on_gpu else "float32") if config.precision == "auto" else config.precision,
+    )  # fmt: skip
+    epoch = steps_per_epoch(scale.train_lengths, buckets_of(config, max_items))
+    num_steps = config.num_steps or max(1, math.ceil((config.epochs or DEFAULT_EPOCHS) * epoch))
+    warmup = min(max_warmup, num_steps // 10) if config.warmup_steps is None else config.warmup_steps
+    return dataclasses.replace(
+        config, num_steps=num_steps, epochs=None, warmup_steps=warmup,
+        eval_every=config.eval_every or max(1, min(epoch, 1000)),
+    )  # fmt: skip
+
+
+def buckets_of(config: TrainConfig, max_items: int) -> tuple[Bucket, ...]:
+    """The length buckets of a configuration whose batch size is known."""
+    assert config.batch_size is not None
+    return length_buckets(config.batch_size * config.gradient_accumulation, max_items, config.length_buckets)
+
+
+def training(
+    config: TrainConfig,
+    max_items: int,
+    dataset: Dataset | None,
+    *,
+    window_items: int | None = None,
+    packing: Packing | None = None,
+    **optimizer: Any,
+) -> Training:
+    """How a resolved configuration trains on `dataset`; None: shapes alone, for a plan.
+
+    `packing`: several histories a row; they are then batched in one bucket, as many as the plan packs together.
+    """
+    assert config.num_steps is not None and config.learning_rate is not None and config.warmup_steps is not None
+    buckets = buckets_of(config, max_items) if packing is None else (Bucket(max_items, packing.plan.histories),)
+
+    def batches(seed: int, start_step: int) -> Iterator[Batch]:
+        if dataset is None:
+            raise ValueError("a plan has shapes, no data")
+        return training_batches(
+            dataset, buckets, seed=seed, start_step=start_step, window_items=window_items,
+            shard=Shard(jax.process_index(), jax.process_count()), transform=None if packing is None else packing.pack,
+        )  # fmt: skip
+
+    epoch = 1 if dataset is None else steps_per_epoch(dataset.train_lengths, buckets)
+    settings = OptimizerConfig(config.learning_rate, config.warmup_steps, config.weight_decay, **optimizer)
+    specs = [history_spec(*bucket) for bucket in buckets] if packing is None else [packing.batch_spec()]
+    return Training(config.num_steps, epoch, specs, settings, batches)
+
+
+def history_spec(width: int, rows: int) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shapes of a batch with one history a row."""
+    return {
+        "item_ids": jax.ShapeDtypeStruct((rows, width), np.int32),
+        "lengths": jax.ShapeDtypeStruct((rows,), np.int32),
+    }
+
+
+class Packing(NamedTuple):
+    """Several histories a row (see `core.packing`); widths_N int [N + 1]: positions of each item with its text."""
+
+    plan: PackPlan
+    widths_N: np.ndarray
+
+    def pack(self, batch: Batch) -> Batch:
+        """A batch of histories in rows."""
+        packed = pack_histories(batch["item_ids"], batch["lengths"], self.widths_N, self.plan)
+        return {"item_ids": packed.item_ids, "segments": packed.segments, "lengths": packed.lengths}
+
+    def batch_spec(self) -> dict[str, jax.ShapeDtypeStruct]:
+        """Shapes of a packed batch."""
+        spec = history_spec(self.plan.items, self.plan.rows)
+        return {**spec, "segments": spec["item_ids"]}
+
+
+def start_at_random(recommender: Recommender, config: TrainConfig) -> nnx.Module:
+    """All parameters at their random start."""
+    return jax.jit(recommender.init)(jax.random.key(config.seed))
+
+
+def abstract(recommender: Recommender) -> tuple[nnx.GraphDef, nnx.State]:
+    """A recommender's graph definition, and its state as shapes and dtypes."""
+    return nnx.split(nnx.eval_shape(recommender.init, jax.random.key(0)))
+
+
+def refuse_unread(config: TrainConfig, system: System) -> None:
+    """Refuses flags that the chosen recommender would not look at."""
+    for field in dataclasses.fields(config):
+        if field.name in system.unread and getattr(config, field.name) != field.default:
+            raise UserError(f"--{field.name} has no meaning with --recommender {config.recommender}; leave it out")
+
+
+def describe(
+    recommender: Recommender, config: TrainConfig, dataset: Dataset, weights: dict[str, str] | None, run: Path
+) -> dict[str, Any]:
+    """What `model.json` says: enough to rebuild the model and to find its data set and its weight file.
+
+    Args:
+        weights: path and sha256 of the frozen Llama's weight file; None where checkpoints hold every parameter.
+        run: the run folder; a data set inside it is named relative to it, so that the folder can be moved.
+    """
+    data, home = Path(dataset.path).resolve(), run.resolve()
+    return {
+        "recommender": config.recommender,
+        "spec": recommender.spec.to_json(),
+        "precision": config.precision,
+        "dataset": {
+            "path": str(data.relative_to(home) if data.is_relative_to(home) else data),
+            "fingerprint": dataset.fingerprint,
+            "items_sha256": items_sha256(dataset),
+        },
+        "frozen_weights": weights,
+    }
+
+
+def items_sha256(dataset: Dataset) -> str:
+    """Which item each index stands for: the sha256 of the external ids in order, a line each."""
+    return hashlib.sha256("\n".join(dataset.items["item_id"].to_list()).encode()).hexdigest()
+
+
+def differing_fields(one: Any, other: Any, prefix: str = "") -> list[str]:
+    """`name: a ≠ b` for each field in which two dataclasses differ."""
+    lines: list[str] = []
+    for field in dataclasses.fields(one):
+        a, b = getattr(one, field.name), getattr(other, field.name)
+        if dataclasses.is_dataclass(a) and dataclasses.is_dataclass(b):
+            lines += differing_fields(a, b, f"{prefix}{field.name}.")
+        elif a != b:
+            lines.append(f"{prefix}{field.name}: {a} ≠ {b}")
+    return lines

@@ -1,0 +1,79 @@
+"""`--recommender sasrec`: from a configuration and a data set to SASRec at its start."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from flax import nnx
+
+from core.models.sasrec import SASRecConfig
+from efficientids.config import EFFICIENTIDS_FLAGS, ITEM_KNN_FLAGS, LLAMA_FLAGS, TrainConfig
+from efficientids.data.dataset import Dataset
+from efficientids.errors import UserError
+from efficientids.recommenders.base import Recommender
+from efficientids.recommenders.sasrec import SASRecRecommender, SASRecSpec
+from efficientids.systems import base
+from efficientids.systems.base import Earlier, Scale
+
+
+class SASRecSystem:
+    """See `efficientids.systems.base.System`."""
+
+    unread = EFFICIENTIDS_FLAGS | ITEM_KNN_FLAGS | LLAMA_FLAGS | {"max_seq_len", "precision", "pack_sequences"}
+    may_change = frozenset({"model.dropout", "model.init_std"})
+
+    def resolve(self, config: TrainConfig, scale: Scale) -> TrainConfig:
+        """See `System.resolve`."""
+        if config.width % config.num_heads:
+            raise UserError(f"--width {config.width}: does not divide among --num_heads {config.num_heads}")
+        config = dataclasses.replace(
+            config,
+            dropout=0.5 if config.dropout is None else config.dropout,
+            init_std=config.init_std or 0.02,
+            precision="float32",
+        )
+        return base.resolve_training(
+            config, scale, batch_size=64, learning_rate=1e-3, max_warmup=500, max_items=config.seq_len
+        )
+
+    def headline(self, config: TrainConfig) -> str:
+        """See `System.headline`."""
+        return f"SASRec, width {config.width}, {config.num_layers} layers, {config.seq_len} positions, full softmax"
+
+    def recommender(self, config: TrainConfig, dataset: Dataset, earlier: Earlier | None) -> SASRecRecommender:
+        """See `System.recommender`."""
+        return SASRecRecommender(
+            _spec(config, dataset.catalogue_size), base.training(config, config.seq_len, dataset, b2=0.98)
+        )
+
+    def weights(self, config: TrainConfig) -> Path | None:
+        """None: there are no published weights."""
+        return None
+
+    def start(self, recommender: Recommender, config: TrainConfig) -> nnx.Module:
+        """At random."""
+        return base.start_at_random(recommender, config)
+
+    def planned(self, config: TrainConfig, scale: Scale) -> SASRecRecommender:
+        """See `System.planned`."""
+        return SASRecRecommender(_spec(config, scale.num_items), base.training(config, config.seq_len, None))
+
+    def restored(self, spec: Mapping[str, Any], config: TrainConfig, precision: str) -> SASRecRecommender:
+        """See `System.restored`."""
+        return SASRecRecommender(SASRecSpec.from_json(spec))
+
+
+def _spec(config: TrainConfig, num_items: int) -> SASRecSpec:
+    assert config.dropout is not None and config.init_std is not None
+    return SASRecSpec(
+        SASRecConfig(
+            num_items, config.seq_len, config.width, config.num_layers, config.num_heads,
+            config.dropout, config.temperature, config.init_std,
+        )
+    )  # fmt: skip
+
+
+SYSTEMS: dict[str, base.System] = {"sasrec": SASRecSystem()}
