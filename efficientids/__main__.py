@@ -1,4 +1,4 @@
-"""`python -m efficientids COMMAND …`: prepare, train, evaluate, recommend."""
+"""`python -m efficientids COMMAND …`: the commands, each in a module of its own."""
 
 from __future__ import annotations
 
@@ -7,18 +7,22 @@ import sys
 from collections.abc import Callable, Sequence
 
 from efficientids.errors import UserError
+from efficientids.log import quiet_libraries
 
 # Command → (module, what it does). A module is imported only when its command is asked for.
 COMMANDS = {
     "prepare": ("efficientids.data.cli", "interaction logs → a data set folder"),
     "train": ("efficientids.train", "the same as train_llama.py"),
     "evaluate": ("efficientids.evaluation.cli", "a run's ranking metrics on validation or test"),
+    "compare": ("efficientids.evaluation.compare_cli", "runs on the same data: which is better, and is it chance"),
     "recommend": ("efficientids.serving.cli", "top-k items for users, as a Parquet file"),
+    "report": ("efficientids.pages.run_report", "a run's report.html again, from what its folder holds"),
 }
 
 
 def run(command: Callable[[Sequence[str]], int], arguments: Sequence[str]) -> int:
     """Runs a command; what a person can mend is said in one line on stderr, with exit code 2."""
+    quiet_libraries()
     try:
         return command(arguments)
     except UserError as error:

@@ -1,14 +1,29 @@
-"""What a run says while it runs: one line a logged step on the terminal, one JSON line in `metrics.jsonl`."""
+"""What a run says while it runs: one line a logged step on the terminal, one JSON line in `metrics.jsonl`, and the same
+to whoever follows the run (TensorBoard, trackers, the report). What libraries say is kept down here, too.
+"""
 
 from __future__ import annotations
 
 import json
+import logging
+import math
+import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator
+import unicodedata
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
+
+import absl.logging
+
+from efficientids.training.trackers import Status, Tracker, Trackers
+
+_LIBRARIES = ("jax", "flax", "orbax", "grain", "tensorstore", "huggingface_hub", "httpx", "asyncio", "matplotlib")
+# Of a step's metrics, what is shown elsewhere on its line than in the middle.
+_PLACED = ("loss", "grad_norm", "learning_rate", "input_wait")
+_NOT_METRICS = ("time", "step", "epoch")
 
 
 class RunLog:
@@ -21,14 +36,41 @@ class RunLog:
         self._sums: dict[str, float] = {}
         self._targets, self._steps, self._since = 0.0, 0, time.perf_counter()
         self._left_over = 0
+        self._trackers: Trackers | None = None
 
     def say(self, text: str) -> None:
-        """Prints a line of its own."""
+        """Prints lines of their own. Control characters (of a title, say) are shown as spaces."""
+        text = printable(text)
         # A live progress line is overwritten in place, so what follows it must clear it first.
-        pad = " " * max(0, self._left_over - len(text))
-        self._stream.write(("\r" if self._left_over else "") + text + pad + "\n")
+        pad = " " * max(0, self._left_over - len(text.partition("\n")[0]))
+        head, newline, rest = text.partition("\n")
+        self._stream.write(("\r" if self._left_over else "") + head + pad + newline + rest + "\n")
         self._stream.flush()
         self._left_over = 0
+
+    @contextmanager
+    def followed_by(self, trackers: Mapping[str, Tracker], run_path: Path, config: Mapping[str, Any]) -> Iterator[None]:
+        """While this lasts, `trackers` (by name) are told of what is recorded; then how it ended.
+
+        Args:
+            config: the complete configuration as plain values.
+        """
+        self._trackers = Trackers(trackers, self.say)
+        self._trackers.start(run_path, config)
+        status: Status = "failed"
+        try:
+            yield
+            status = "finished"
+        except KeyboardInterrupt:
+            status = "killed"
+            raise
+        finally:
+            if self._left_over:
+                # An error message, or the shell's prompt, begins on a line of its own.
+                self._stream.write("\n")
+                self._left_over = 0
+            self._trackers.finish(status)
+            self._trackers = None
 
     def step(
         self, phase: str, step: int, num_steps: int, epoch: float, metrics: dict[str, float], earlier_steps: int = 0
@@ -59,9 +101,11 @@ class RunLog:
                 **means,
             }
         )
-        shown = "  ".join(f"{name} {value:.4g}" for name, value in means.items())
-        line = f"{phase} {step}/{num_steps}  epoch {epoch:.1f}  {shown}  {rate:,.0f} items/s  ETA {duration(eta)}"
-        self._show(line)
+        self._show(
+            f"{phase} {step}/{num_steps}  epoch {epoch:.1f}  {_shown(means)}  {rate:,.0f} items/s"
+            + (f"  input wait {means['input_wait']:.0%}" if "input_wait" in means else "")
+            + f"  ETA {duration(eta)}"
+        )
         self._sums, self._targets, self._steps, self._since = {}, 0.0, 0, time.perf_counter()
 
     @contextmanager
@@ -72,17 +116,50 @@ class RunLog:
         self._since += time.perf_counter() - began
 
     def record(self, row: dict[str, Any]) -> None:
-        """Appends a row to `metrics.jsonl`."""
+        """Appends a row to `metrics.jsonl`; its numbers go to those who follow the run, as `EVENT/name`."""
         with self._file.open("a") as file:
             file.write(json.dumps({"time": round(time.time(), 3), **row}) + "\n")
+        if self._trackers is None or "step" not in row:
+            return
+        event = {"step": "train"}.get(row["event"], row["event"])
+        metrics = {f"{event}/{name}": float(v) for name, v in row.items() if name not in _NOT_METRICS and _is_number(v)}
+        if metrics:
+            self._trackers.log(row["step"], metrics)
 
     def _show(self, line: str) -> None:
         if not self._live:
             self.say(line)
             return
+        # A line that wraps cannot be overwritten.
+        line = printable(line)[: shutil.get_terminal_size().columns - 1]
         self._stream.write("\r" + line + " " * max(0, self._left_over - len(line)))
         self._stream.flush()
         self._left_over = len(line)
+
+
+def _shown(means: Mapping[str, float]) -> str:
+    """A step's metrics on its line: the loss, what belongs to it, the gradient, the learning rate."""
+    names = [name for name in means if name not in _PLACED]
+    ordered = [name for name in ("loss", *names, "grad_norm", "learning_rate") if name in means]
+    return "  ".join(f"{'lr' if name == 'learning_rate' else name} {means[name]:.4g}" for name in ordered)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def printable(text: str) -> str:
+    """`text` with a space for each control character but the end of a line: what a title holds moves no cursor."""
+    return "".join(c if c == "\n" or unicodedata.category(c) != "Cc" else " " for c in text)
+
+
+def quiet_libraries() -> None:
+    """Lets libraries speak from WARNING on, whatever they had been set to. For every entry point, before it works."""
+    absl.logging.set_verbosity(absl.logging.WARNING)
+    for name in _LIBRARIES:
+        logging.getLogger(name).setLevel(logging.WARNING)
+    # That it builds its font cache, once a machine, is a warning of its.
+    logging.getLogger("matplotlib.font_manager").setLevel(logging.ERROR)
 
 
 def progress(verb: str, stream: TextIO) -> Callable[[int, int], None]:

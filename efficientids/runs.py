@@ -112,6 +112,10 @@ class RunFolder:
         """`config.yaml`."""
         return _read(self.path / "config.yaml", yaml.safe_load)
 
+    def read_environment(self) -> dict[str, Any]:
+        """`environment.json`."""
+        return _read(self.path / "environment.json", json.loads)
+
     def choose_step(self, step: int | None = None) -> int:
         """`step` if it has a checkpoint; for None the best by validation NDCG@10.
 

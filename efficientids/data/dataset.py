@@ -1,4 +1,4 @@
-"""A prepared data set, opened: memory-mapped histories, the tables of items and users, the leave-one-out split.
+"""A prepared data set, opened: memory-mapped histories, the tables of items and users, the split.
 
 Legend: U users, n interactions, N catalogue size, h the history of one user, oldest first.
 """
@@ -6,16 +6,15 @@ Legend: U users, n interactions, N catalogue size, h the history of one user, ol
 from __future__ import annotations
 
 import functools
-import hashlib
-import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 import polars as pl
 
 from efficientids.data import layout
+from efficientids.data.manifest import AGAIN, check_unchanged, map_array, read_manifest, read_table
 from efficientids.errors import UserError
 
 Split = Literal["train", "validation", "test", "all"]
@@ -23,7 +22,17 @@ Split = Literal["train", "validation", "test", "all"]
 # How many of the newest interactions a split may not look at.
 _HELD_BACK: Mapping[str, int] = {"train": 2, "validation": 2, "test": 1, "all": 0}
 
-_COUNTS = ("num_users", "num_items", "catalogue_size", "num_interactions", "train_only_users")
+
+class Examples(NamedTuple):
+    """What a split asks to predict, M examples in the order of users, then time.
+
+    `users` int32 [M]; `lengths` int64 [M]: the history is the user's first `lengths` interactions; `targets` int32 [M],
+    0 where there is none (split "all").
+    """
+
+    users: np.ndarray
+    lengths: np.ndarray
+    targets: np.ndarray
 
 
 class Dataset:
@@ -38,7 +47,8 @@ class Dataset:
         all           h            none (to recommend what comes next)
 
     A user with fewer than 3 interactions has no target in any split and trains in full (every split gives the whole
-    h); `train_only_users` counts them.
+    h); `train_only_users` counts them. A split by time, or one that came with the data, marks any rows as targets: a
+    user may have several in a split, or none. `train_lengths` and `examples` are the same for all kinds of splits.
     """
 
     def __init__(self, path: Path, manifest: Mapping[str, Any], fingerprint: str, arrays: Mapping[str, np.ndarray]):
@@ -49,6 +59,9 @@ class Dataset:
         self.timestamps = arrays[layout.TIMESTAMPS]
         self.offsets = arrays[layout.OFFSETS]
         self.lengths = np.diff(self.offsets)
+        self.held_out: layout.HeldOut | None = None  # of a split other than leave-one-out
+        if manifest["split"]["rule"] != layout.LEAVE_ONE_OUT:
+            self.held_out = layout.HeldOut(*(arrays[name] for name in layout.SPLIT_FILES))
 
     @classmethod
     def open(cls, path: str | Path) -> Dataset:
@@ -59,29 +72,32 @@ class Dataset:
         counts that differ from the manifest, and files that changed since they were written (size, sha256).
         """
         path = Path(path)
-        manifest, fingerprint = _read_manifest(path)
+        manifest, fingerprint = read_manifest(path)
         if manifest["num_interactions"] == 0:  # before the arrays: an empty file cannot be memory-mapped
             raise UserError(f"{path}: the data set is empty (0 interactions); prepare it from a source that has some")
         for name in manifest["files"]:
             if not (path / name).is_file():
-                raise UserError(f"{path / name}: missing, though {layout.MANIFEST} lists it. {_AGAIN}")
-        arrays = {name: _map_array(path / name) for name in layout.DTYPES}
+                raise UserError(f"{path / name}: missing, though {layout.MANIFEST} lists it. {AGAIN}")
+        split_files = () if manifest["split"]["rule"] == layout.LEAVE_ONE_OUT else layout.SPLIT_FILES
+        arrays = {name: map_array(path / name) for name in (*layout.DTYPES, *split_files)}
         num_items = layout.check_arrays(path, arrays, manifest["catalogue_size"])
         dataset = cls(path, manifest, fingerprint, arrays)
+        if dataset.held_out is not None:
+            layout.check_held_out(path, dataset.held_out, dataset.offsets)
         counts = {
             "num_users": len(dataset.lengths),
             "num_items": num_items,
             "catalogue_size": len(dataset.items),
             "num_interactions": len(dataset.item_ids),
-            "train_only_users": int((dataset.lengths < layout.MIN_HELD_OUT).sum()),
+            "train_only_users": layout.without_target(dataset.lengths, dataset.held_out, dataset.offsets),
         }
         for field, found in counts.items():
             if manifest[field] != found:
                 raise UserError(
-                    f"{path / layout.MANIFEST}: {field} is {manifest[field]}, but the files hold {found}. {_AGAIN}"
+                    f"{path / layout.MANIFEST}: {field} is {manifest[field]}, but the files hold {found}. {AGAIN}"
                 )
         layout.check_tables(path, dataset.items, dataset.users, len(dataset.lengths))
-        _check_unchanged(path, manifest["files"])
+        check_unchanged(path, manifest["files"])
         return dataset
 
     @property
@@ -104,23 +120,67 @@ class Dataset:
 
     @property
     def train_only_users(self) -> int:
-        """Users with fewer than 3 interactions: they train and are never evaluated."""
+        """Users without a target in any split (leave-one-out: of fewer than 3 interactions): never evaluated."""
         return int(self.manifest["train_only_users"])
+
+    @property
+    def timed(self) -> bool:
+        """Whether the interactions have times; otherwise `timestamps` is all 0."""
+        return bool(self.manifest["timestamps"])
 
     @functools.cached_property
     def items(self) -> pl.DataFrame:
         """One row an item, in the order of `item` (1..N): item, item_id, title, genres, …"""
-        return _read_table(self.path / layout.ITEMS)
+        return read_table(self.path / layout.ITEMS)
 
     @functools.cached_property
     def users(self) -> pl.DataFrame:
         """One row a user, in the order of `user` (0..U-1): user, user_id, …"""
-        return _read_table(self.path / layout.USERS)
+        return read_table(self.path / layout.USERS)
+
+    @functools.cached_property
+    def train_lengths(self) -> np.ndarray:
+        """How many of each user's first interactions train, int64 [U]; 0 where a user begins after the train part."""
+        if self.held_out is not None:
+            return self.held_out.train_lengths
+        return self.split_lengths("train")
+
+    def training_histories(self) -> tuple[np.ndarray, np.ndarray]:
+        """All users' training items, flat int32 [E], and where each user's begin, int64 [U + 1]; nothing held out."""
+        place = np.arange(len(self.item_ids)) - np.repeat(self.offsets[:-1], self.lengths)
+        items = self.item_ids[place < np.repeat(self.train_lengths, self.lengths)]
+        return items, np.concatenate([[0], np.cumsum(self.train_lengths)])
+
+    def examples(self, split: Split) -> Examples:
+        """What `split` ("validation", "test", "all") asks to predict; "all": every user's whole history, target 0.
+
+        Leave-one-out gives one example to every user who has 3 interactions or more. Raises UserError for "train" and
+        for an unknown split.
+        """
+        users = np.arange(self.num_users, dtype=np.int32)
+        if split == "all":
+            return Examples(users, self.lengths, np.zeros(self.num_users, np.int32))
+        if split not in ("validation", "test"):
+            raise UserError(f"split: {split!r} has no examples; give validation, test or all")
+        if self.held_out is None:
+            users = users[self.lengths >= layout.MIN_HELD_OUT]
+            lengths = self.split_lengths(split)[users]
+            return Examples(users, lengths, self.item_ids[self.offsets[users] + lengths])
+        rows = self.held_out.validation_rows if split == "validation" else self.held_out.test_rows
+        users = (np.searchsorted(self.offsets, rows, "right") - 1).astype(np.int32)
+        return Examples(users, rows - self.offsets[users], self.item_ids[rows])
 
     def split_lengths(self, split: Split) -> np.ndarray:
-        """Length of every user's history in `split`, int64 [U]. Raises UserError for an unknown split."""
+        """Length of every user's history in `split`, int64 [U].
+
+        Raises UserError for an unknown split, and for one of which a user may have several examples.
+        """
         if split not in _HELD_BACK:
             raise UserError(f"split: {split!r} is none of {', '.join(get_args(Split))}")
+        if self.held_out is not None and split in ("validation", "test"):
+            raise UserError(f"{self.path}: a user may have several examples in {split}; `examples` gives them all")
+        if self.held_out is not None:
+            return self.held_out.train_lengths if split == "train" else self.lengths
         return np.where(self.lengths >= layout.MIN_HELD_OUT, self.lengths - _HELD_BACK[split], self.lengths)
 
     def history(self, user: int, split: Split) -> np.ndarray:
@@ -145,60 +205,3 @@ class Dataset:
             raise UserError(f"user: {user} is outside 0..{self.num_users - 1} of {self.path}")
         start = int(self.offsets[user])
         return slice(start, start + int(self.split_lengths(split)[user]))
-
-
-_AGAIN = "Prepare the data set again with `python -m efficientids prepare`"
-
-
-def _read_manifest(path: Path) -> tuple[dict[str, Any], str]:
-    file = path / layout.MANIFEST
-    if not path.is_dir():
-        raise UserError(
-            f"{path}: no such folder. Make a data set with `python -m efficientids prepare --output {path}`"
-        )
-    if not file.is_file():
-        raise UserError(f"{path}: no prepared data set (no {layout.MANIFEST}). Give the --output folder of `prepare`")
-    raw = file.read_bytes()
-    try:
-        manifest = json.loads(raw)
-    except ValueError as error:
-        raise UserError(f"{file}: not JSON ({error}). {_AGAIN}") from error
-    if not isinstance(manifest, dict) or manifest.get("format") != layout.FORMAT:
-        raise UserError(f"{file}: field format is not {layout.FORMAT!r}: the folder is no prepared data set")
-    if manifest.get("format_version") != layout.FORMAT_VERSION:
-        found = manifest.get("format_version")
-        raise UserError(f"{file}: format_version is {found!r}, this program reads {layout.FORMAT_VERSION}. {_AGAIN}")
-    for field in _COUNTS:
-        value = manifest.get(field)
-        if not isinstance(value, int) or isinstance(value, bool) or value < 0:
-            raise UserError(f"{file}: {field} is {value!r}, expected a count. {_AGAIN}")
-    files = manifest.get("files")
-    missing = [name for name in layout.REQUIRED_FILES if not isinstance(files, dict) or name not in files]
-    if missing:
-        raise UserError(f"{file}: field files does not list {', '.join(missing)}. {_AGAIN}")
-    return manifest, hashlib.sha256(raw).hexdigest()
-
-
-def _map_array(file: Path) -> np.ndarray:
-    try:
-        mapped = np.load(file, mmap_mode="r", allow_pickle=False)
-    except (ValueError, OSError, EOFError) as error:
-        raise UserError(f"{file}: not a readable .npy file ({error}). {_AGAIN}") from error
-    # A plain view of the same memory: indexing np.memmap itself is several times slower.
-    return np.asarray(mapped)
-
-
-def _read_table(file: Path) -> pl.DataFrame:
-    try:
-        return pl.read_parquet(file)
-    except (pl.exceptions.PolarsError, OSError) as error:
-        raise UserError(f"{file}: not a readable parquet file ({error}). {_AGAIN}") from error
-
-
-def _check_unchanged(path: Path, files: Mapping[str, Mapping[str, Any]]) -> None:
-    for name, recorded in files.items():
-        size = (path / name).stat().st_size
-        if size != recorded["bytes"]:
-            raise UserError(f"{path / name}: {size} bytes, {layout.MANIFEST} says {recorded['bytes']}. {_AGAIN}")
-        if layout.sha256_of(path / name) != recorded["sha256"]:
-            raise UserError(f"{path / name}: its sha256 is not the manifest's: it was changed or damaged. {_AGAIN}")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -51,12 +52,12 @@ class GeneratedData:
     process: NextItemProcess
     favourite_genre_U: np.ndarray
 
-    def write(self, path: str | Path, *, overwrite: bool = False) -> Dataset:
+    def write(self, path: str | Path, *, beside: Mapping[str, str] | None = None, overwrite: bool = False) -> Dataset:
         """Writes the data set folder, with the process beside the histories (`Oracle.open` reads it)."""
         arrays = {
             field.name: np.asarray(getattr(self.process, field.name)) for field in dataclasses.fields(NextItemProcess)
         }
-        return write_dataset(path, self.contents, extra={PROCESS: arrays}, overwrite=overwrite)
+        return write_dataset(path, self.contents, extra={PROCESS: arrays}, beside=beside, overwrite=overwrite)
 
 
 def generate(

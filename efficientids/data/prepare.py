@@ -1,4 +1,14 @@
-"""An interaction log → the contents of a data set: filters, order, id maps.
+"""An interaction log → the files of a data set, out of core.
+
+    spool     the source's chunks as codes on disk; the item table                        `encode.py`
+    order     each user's rows in order, users one after another; immediate repeats go    `ordering.py`
+    core      k-core                                                                      `core_filter.py`
+    dataset   dense numbers, split, tables, report, manifest
+
+Filters work in this order: rating, missing title, immediate repeats, k-core. A repeat is immediate among the rows that
+the filters before left; one that only the k-core brings about stays. The split is cut out of what is left at the end.
+A finished stage is taken up by a later run of the same work. Memory holds counts by user and item, their ids and what
+is known of items, and a block of rows.
 
 The order is part of the evaluation protocol (half of MovieLens 1M's rows share their timestamp with another row of the
 same user), so the tie-break is fixed, kept in the manifest and printed.
@@ -6,92 +16,192 @@ same user), so the tie-break is fixed, kept in the manifest and printed.
 
 from __future__ import annotations
 
-from typing import Literal
+import dataclasses
+from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
 import polars as pl
 
+from efficientids.data import encode, layout, splits
+from efficientids.data.compact import Left, compact, item_table, user_table
+from efficientids.data.core_filter import k_core
 from efficientids.data.layout import Contents
-from efficientids.data.log import InteractionLog, describe_bad_rows
+from efficientids.data.manifest import map_array
+from efficientids.data.ordering import Ranking, order_rows
+from efficientids.data.progress import Progress
 from efficientids.data.report import DataReport
+from efficientids.data.sources.base import BadRows, Source
+from efficientids.data.splits import TimeSplit
+from efficientids.data.workplace import Workplace
+from efficientids.data.writing import fill
 from efficientids.errors import UserError
 
 Order = Literal["time", "file"]
+MissingTitle = Literal["keep", "drop", "error"]
+Repeats = Literal["keep", "drop_immediate"]
+Catalogue = Literal["interactions", "table"]
+_SPOOL, _ORDER, _CORE, _DATASET = "spool", "order", "core", "dataset"
 
-_INTEGER = r"^-?\d{1,18}$"  # fits int64
 
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """What is done to a log. `salt`: of the hashes of user ids; None keeps the ids. `split`: a rule of `layout`.
 
-def prepare_log(
-    log: InteractionLog, *, core: int, min_rating: float | None, order: Order
-) -> tuple[Contents, DataReport]:
-    """Filters by rating, then to the k-core, orders each user's rows and numbers users (0..) and items (1..).
-
-    `core`: every user and item keeps at least so many rows; 0 for no filter. `min_rating`: rows below are dropped.
-    `order`: "time" sorts by (timestamp, external item id), "file" keeps the rows as they stood. Users and items are
-    numbered by external id: numerically where all are integers, else by their UTF-8 bytes. The catalogue is the items
-    that are left. Raises UserError for values out of range and when no row is left.
+    `catalogue` None: the whole item table where the source comes filtered (its default core is 0) and neither core nor
+    min_rating takes anything out; else the items with an interaction.
     """
-    if core < 0:
-        raise UserError(
-            f"core: {core} is negative; give 0 for no filter, or the least number of rows a user and item has"
-        )
-    rows, dropped = log.interactions, {}
-    if min_rating is not None:
-        kept = rows.filter(pl.col("rating") >= min_rating)
-        dropped["min_rating"] = len(rows) - len(kept)
-        rows = kept
-    if core > 1:
-        kept = k_core(rows, core)
-        dropped["core"] = len(rows) - len(kept)
-        rows = kept
-    if rows.is_empty():
-        taken = ", ".join(f"{name} {count:,}" for name, count in dropped.items()) or "none"
-        raise UserError(
-            f"{log.name}: no interaction is left of {len(log.interactions):,} (dropped: {taken}); "
-            "lower core or min_rating"
-        )
-    users, _ = ordered_ids(rows["user_id"])
-    items, item_order = ordered_ids(rows["item_id"])
-    user_map = pl.DataFrame({"user": np.arange(len(users), dtype=np.int32), "user_id": users})
-    item_map = pl.DataFrame({"item": np.arange(1, len(items) + 1, dtype=np.int32), "item_id": items})
-    rows = rows.join(user_map, on="user_id", how="left", maintain_order="left")
-    rows = rows.join(item_map, on="item_id", how="left", maintain_order="left")
-    # Items are numbered by external id, so sorting by number breaks ties by external id.
-    rows = rows.sort(["user", "timestamp", "item"] if order == "time" else ["user"], maintain_order=True)
-    lengths = np.bincount(rows["user"].to_numpy(), minlength=len(users))
+
+    core: int = 0
+    min_rating: float | None = None
+    missing_title: MissingTitle = "keep"
+    repeats: Repeats = "keep"
+    order: Order = "time"
+    catalogue: Catalogue | None = None
+    split: str = layout.LEAVE_ONE_OUT
+    time_split: TimeSplit = dataclasses.field(default_factory=TimeSplit)
+    salt: bytes | None = dataclasses.field(default=None, repr=False)
+
+    def flags(self) -> dict[str, Any]:
+        """Everything but the salt, as plain values."""
+        values = dataclasses.asdict(dataclasses.replace(self, salt=None))
+        del values["salt"]
+        return {**values, "hash_users": self.salt is not None}
+
+    def whole_table(self, source: Source) -> bool:
+        """Whether the catalogue is the whole item table, should there be one."""
+        if self.catalogue is None:
+            return source.default_core == 0 and self.core <= 1 and self.min_rating is None
+        return self.catalogue == "table"
+
+    def filters(self) -> dict[str, Any]:
+        """For manifest and report; None for what was not asked for."""
+        return {
+            "min_rating": self.min_rating,
+            "missing_title": None if self.missing_title == "keep" else self.missing_title,
+            "repeats": None if self.repeats == "keep" else self.repeats,
+            "core": self.core if self.core > 1 else None,
+        }
+
+
+def prepare_files(
+    source: Source, recipe: Recipe, place: Workplace, request: dict[str, Any], bad: BadRows, progress: Progress
+) -> Path:
+    """Makes the data set's folder inside `place`, with the report beside; returns it.
+
+    Users are numbered from 0, items from 1, by external id: numerically where all of the log are integers, else by
+    their UTF-8 bytes. Raises UserError when no row is left and for what readers, filters and splits refuse.
+    """
+    facts = place.facts(_SPOOL)
+    if facts is None:
+        options = encode.SpoolOptions(recipe.min_rating, recipe.salt, recipe.whole_table(source))
+        facts = encode.spool(source, options, place.folder(_SPOOL), bad, progress)
+        facts = place.finish(_SPOOL, facts)
+    spooled = place.path / _SPOOL
+    keep_item = encode.check_titles(spooled, recipe.missing_title, facts["has_items"], facts["items_in_log"])
+    if recipe.catalogue == "table" and not facts["has_items"]:
+        raise UserError("--catalogue table: the source has no item table; give --items, or leave it out")
+    if facts["rows"] == 0:
+        raise _nothing_left(source, facts["read"], {"min_rating": facts["min_rating"]})
+    user_rank, _ = encode.ranks(pl.read_parquet(spooled / encode.USERS)["id"])
+    item_rank, item_order = encode.ranks(pl.read_parquet(spooled / encode.ITEMS)["id"])
+    _ordered(place, recipe, Ranking(user_rank, item_rank, keep_item), progress)
+    left = _core(place, recipe, len(item_rank), progress)
+    dropped = _dropped(recipe, facts, left)
+    if not left.user_rows.any():
+        raise _nothing_left(source, facts["read"], dropped)
+    folder = place.folder(_DATASET)
+    progress.say("writing the data set")
+    whole_table = recipe.whole_table(source) and facts["has_items"]
+    items = item_table(spooled, item_rank, left, keep_item, whole_table)
+    compact(left, items["rank"].to_numpy(), folder)
     contents = Contents(
-        name=log.name,
-        source=log.source,
-        items=item_map.join(log.items, on="item_id", how="left", maintain_order="left"),
-        users=user_map if log.users is None else user_map.join(log.users, "user_id", "left", maintain_order="left"),
-        item_ids=rows["item"].to_numpy(),
-        timestamps=rows["timestamp"].to_numpy(),
-        offsets=np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64),
-        order=_describe_order(order, item_order),
-        filters={"min_rating": min_rating, "core": core if core > 1 else None},
+        name=source.name,
+        source=source.kind,
+        items=items.drop("rank"),
+        users=user_table(spooled, user_rank, left),
+        **_arrays(folder),
+        order=_describe_order(recipe, source, item_order),
+        filters=recipe.filters(),
+        timed=source.timed,
+        catalogue="table" if whole_table else "interactions",
+        request=request,
     )
-    return contents, DataReport.of(contents, dropped, describe_bad_rows(log.bad_rows))
+    contents = _split(contents, recipe, left)
+    report = DataReport.of(contents, dropped, facts["bad_rows"], facts["notes"])
+    fill(folder, contents, beside=report.files())
+    return folder
 
 
-def k_core(rows: pl.DataFrame, core: int) -> pl.DataFrame:
-    """The rows left when users and items with fewer than `core` rows are taken out until none is. Order is kept."""
-    while True:
-        kept = rows.filter((pl.len().over("user_id") >= core) & (pl.len().over("item_id") >= core))
-        if len(kept) == len(rows):
-            return rows
-        rows = kept
+def _ordered(place: Workplace, recipe: Recipe, ranking: Ranking, progress: Progress) -> None:
+    if place.facts(_ORDER) is not None:
+        return
+    folder = place.folder(_ORDER)
+    ordered = order_rows(
+        place.path / _SPOOL,
+        ranking,
+        folder,
+        by_time=recipe.order == "time",
+        by_split=recipe.split != layout.TIME,
+        drop_repeats=recipe.repeats == "drop_immediate",
+        progress=progress,
+    )
+    np.save(folder / "user_rows.npy", ordered.user_rows)
+    place.finish(_ORDER, {"untitled": ordered.untitled, "repeats": ordered.repeats})
+    for name in encode.COLUMNS:  # the rows are in order now; ids and tables are still wanted
+        (place.path / _SPOOL / name).unlink(missing_ok=True)
 
 
-def ordered_ids(ids: pl.Series) -> tuple[pl.Series, str]:
-    """The distinct ids of a string column in their order, and that order's name: "numeric" or "lexicographic"."""
-    distinct = pl.DataFrame({"id": ids.unique()})
-    if distinct["id"].str.contains(_INTEGER).all():
-        # The text decides between "7" and "07".
-        return distinct.sort(pl.col("id").cast(pl.Int64), "id")["id"], "numeric"
-    return distinct.sort("id")["id"], "lexicographic"
+def _core(place: Workplace, recipe: Recipe, num_items: int, progress: Progress) -> Left:
+    ordered, folder = place.path / _ORDER, place.path / _CORE
+    user_rows = np.load(ordered / "user_rows.npy", allow_pickle=False)
+    if place.facts(_CORE) is None:
+        folder = place.folder(_CORE)
+        left = k_core(ordered / encode.ITEM, user_rows, num_items, recipe.core, folder / "keep", progress)
+        for name, rows in zip(("user_rows.npy", "item_rows.npy"), left, strict=True):
+            np.save(folder / name, rows)
+        place.finish(_CORE, {"core": int(user_rows.sum() - left[0].sum())})
+    facts = {**(place.facts(_ORDER) or {}), **(place.facts(_CORE) or {})}
+    users_left, items_left = (np.load(folder / name, allow_pickle=False) for name in ("user_rows.npy", "item_rows.npy"))
+    return Left(ordered, folder / "keep", user_rows, users_left, items_left, facts)
 
 
-def _describe_order(order: Order, item_order: str) -> dict[str, str]:
-    if order == "file":
-        return {"rule": "file", "tie_break": "none: rows as they stood in the file"}
-    return {"rule": "time", "tie_break": f"external item id, {item_order}"}
+def _dropped(recipe: Recipe, facts: dict[str, Any], left: Left) -> dict[str, int]:
+    """Rows taken out by each filter that was asked for."""
+    counts = {
+        "min_rating": facts["min_rating"],
+        "missing_title": left.dropped["untitled"],
+        "repeats": left.dropped["repeats"],
+        "core": left.dropped["core"],
+    }
+    return {name: counts[name] for name, value in recipe.filters().items() if value not in (None, "error")}
+
+
+def _arrays(folder: Path) -> dict[str, np.ndarray]:
+    names = {"item_ids": layout.ITEM_IDS, "timestamps": layout.TIMESTAMPS, "offsets": layout.OFFSETS}
+    return {field: map_array(folder / file) for field, file in names.items()}
+
+
+def _split(contents: Contents, recipe: Recipe, left: Left) -> Contents:
+    if recipe.split == layout.LEAVE_ONE_OUT:
+        return contents
+    if recipe.split == layout.TIME:
+        held_out, facts = splits.by_time(contents.timestamps, contents.offsets, recipe.time_split)
+    else:
+        held_out, facts = splits.as_given(np.fromfile(left.split, np.uint8), contents.offsets)
+    return dataclasses.replace(contents, held_out=held_out, split=facts)
+
+
+def _nothing_left(source: Source, read: int, dropped: dict[str, int]) -> UserError:
+    taken = ", ".join(f"{name} {count:,}" for name, count in dropped.items() if count) or "none"
+    return UserError(
+        f"{source.name}: no interaction is left of {read:,} (dropped: {taken}); lower core or min_rating, or see that "
+        "the right files are read"
+    )
+
+
+def _describe_order(recipe: Recipe, source: Source, item_order: str) -> dict[str, str]:
+    first = {"first": "train, validation, test"} if source.presplit and recipe.split != layout.TIME else {}
+    if recipe.order == "file":
+        return {**first, "rule": "file", "tie_break": "none: rows as they stood in the file"}
+    return {**first, "rule": "time", "tie_break": f"external item id, {item_order}"}

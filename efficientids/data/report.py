@@ -4,24 +4,32 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-import polars as pl
 
-from efficientids.data.layout import MIN_HELD_OUT, Contents
+from efficientids.data import measure, splits
+from efficientids.data.layout import LEAVE_ONE_OUT, MIN_HELD_OUT, PAGE, REPORT, Contents, without_target
 
 
 @dataclasses.dataclass(frozen=True)
 class DataReport:
     """Counts of users, items and interactions; lengths are interactions a user; density and shares are fractions.
 
-    `tied_share`: rows whose timestamp equals that of another row of the same user (their order is the tie-break's).
-    `repeats`: rows whose user had the item before. `dropped`: rows taken out, by filter. `bad_rows`: unreadable rows.
+    `num_users`, `num_items` (with an interaction), `catalogue_size` and `num_interactions` are the manifest's names of
+    `users`, `items`, `catalogue` and `interactions`, and are written beside them.
+
+    `timed`: there are times. `tied_share`: rows whose timestamp equals that of another row of the same user (their
+    order is the tie-break's). `repeats`: rows whose user had the item before. `train_only_users` have no target in any
+    split. `split`: its rule and the counts of rows that train, of targets, of users who have some. `dropped`: rows
+    taken out, by filter. `bad_rows`: unreadable rows. `notes`: what the reader chose by itself, in words.
+    `length_histogram`: (low, high, users), both ends included. `popularity`: (share of items, share of interactions),
+    the most popular first, at most 101 points. `by_month`: (month such as "2000-12", interactions), if there are times.
     """
 
     name: str
+    source: str
     users: int
     items: int
     catalogue: int
@@ -31,35 +39,42 @@ class DataReport:
     length_mean: float
     length_max: int
     density: float
+    timed: bool
     tied_share: float
     repeats: int
     train_only_users: int
     untitled_items: int
+    catalogue_rule: str
     order: Mapping[str, str]
     filters: Mapping[str, Any]
+    split: Mapping[str, Any]
     dropped: Mapping[str, int]
     bad_rows: Mapping[str, Any]
+    notes: Sequence[str]
+    length_histogram: Sequence[tuple[int, int, int]]
+    popularity: Sequence[tuple[float, float]]
+    by_month: Sequence[tuple[str, int]]
 
     @classmethod
     def of(
-        cls, contents: Contents, dropped: Mapping[str, int] | None = None, bad_rows: Mapping[str, Any] | None = None
+        cls,
+        contents: Contents,
+        dropped: Mapping[str, int] | None = None,
+        bad_rows: Mapping[str, Any] | None = None,
+        notes: Sequence[str] = (),
     ) -> DataReport:
-        """Measures `contents`; what the reader and the filters took out before is told by the other two."""
+        """Measures `contents`, block by block; what the reader and the filters did before is told by the others."""
         lengths = np.diff(contents.offsets)
         n = len(contents.item_ids)
-        rows = pl.DataFrame(
-            {
-                "user": np.repeat(np.arange(len(lengths)), lengths),
-                "item": contents.item_ids,
-                "timestamp": contents.timestamps,
-            }
-        )
-        num_items = rows["item"].n_unique()
-        untitled = contents.items["title"].null_count() if "title" in contents.items.columns else len(contents.items)
+        found = measure.histories(contents)
+        untitled = len(contents.items)
+        if "title" in contents.items.columns:
+            untitled = contents.items["title"].replace("", None).null_count()
         return cls(
             name=contents.name,
+            source=contents.source,
             users=len(lengths),
-            items=num_items,
+            items=int((found.item_rows > 0).sum()),
             catalogue=len(contents.items),
             interactions=n,
             length_min=int(lengths.min()),
@@ -67,47 +82,103 @@ class DataReport:
             length_mean=float(lengths.mean()),
             length_max=int(lengths.max()),
             density=n / (len(lengths) * len(contents.items)),
-            tied_share=float(rows.select(pl.struct("user", "timestamp").is_duplicated().mean()).item()),
-            repeats=n - rows.select(pl.struct("user", "item").n_unique()).item(),
-            train_only_users=int((lengths < MIN_HELD_OUT).sum()),
+            timed=contents.timed,
+            tied_share=found.tied / n,
+            repeats=found.repeats,
+            train_only_users=without_target(lengths, contents.held_out, contents.offsets),
             untitled_items=int(untitled),
+            catalogue_rule=contents.catalogue,
             order=dict(contents.order),
             filters=dict(contents.filters),
+            split=splits.describe(contents.split, contents.offsets, contents.held_out),
             dropped=dict(dropped or {}),
             bad_rows=dict(bad_rows or {"count": 0, "first": []}),
+            notes=list(notes),
+            length_histogram=measure.length_histogram(lengths),
+            popularity=measure.popularity_curve(found.item_rows),
+            by_month=found.by_month,
         )
 
+    @classmethod
+    def from_json(cls, text: str) -> DataReport:
+        """What `to_json` wrote. Raises ValueError or TypeError for anything else."""
+        values = json.loads(text)
+        return cls(**{field.name: values[field.name] for field in dataclasses.fields(cls)})
+
     def to_json(self) -> str:
-        """All fields, as one JSON object."""
-        return json.dumps(dataclasses.asdict(self), indent=2, ensure_ascii=False)
+        """All fields, as one JSON object; the counts under the manifest's names, too."""
+        counts = {
+            "num_users": self.users,
+            "num_items": self.items,
+            "catalogue_size": self.catalogue,
+            "num_interactions": self.interactions,
+        }
+        return json.dumps({**dataclasses.asdict(self), **counts}, indent=2, ensure_ascii=False)
+
+    def files(self) -> dict[str, str]:
+        """File name → text of what stands beside a data set: JSON and a page for the browser."""
+        from efficientids.data.report_page import to_html  # it loads a plotting library
+
+        return {REPORT: self.to_json() + "\n", PAGE: to_html(self)}
 
     def to_text(self) -> str:
         """The same for people: one line a fact."""
-        order, filters = (
-            ", ".join(f"{key.replace('_', '-')} {value}" for key, value in facts.items() if value is not None) or "none"
-            for facts in (self.order, self.filters)
-        )
         lines = [
-            f"Data set {self.name}",
+            f"Data set {self.name} ({self.source})",
             f"  users          {self.users:,}",
-            f"  items          {self.items:,} with an interaction, {self.catalogue:,} in the catalogue",
+            f"  items          {self.items:,} with an interaction, {self.catalogue:,} in the catalogue "
+            f"({_CATALOGUE[self.catalogue_rule]})",
             f"  interactions   {self.interactions:,} (density {self.density:.4%})",
             f"  a user's       min {self.length_min}, median {self.length_median:g}, mean {self.length_mean:.1f}, "
             f"max {self.length_max}",
-            f"  order          {order}",
-            f"  same time      {self.tied_share:.1%} of rows share their timestamp with another row of the user",
+            f"  order          {_facts(self.order)}",
+        ]
+        if self.timed:
+            lines.append(
+                f"  same time      {self.tied_share:.1%} of rows share their timestamp with another row of the user"
+            )
+        lines += [
             f"  repeats        {self.repeats:,} rows name an item that the user had before",
-            f"  filters        {filters}",
+            f"  filters        {_facts(self.filters)}",
         ]
         lines += [f"  dropped        {rows:,} rows by {name}" for name, rows in self.dropped.items()]
+        lines += self._split_lines()
         if self.untitled_items:
             lines.append(f"  untitled       {self.untitled_items:,} items have no title")
-        if self.train_only_users:
-            lines.append(
-                f"  short users    {self.train_only_users:,} have fewer than {MIN_HELD_OUT} interactions: "
-                "they train and are never evaluated"
-            )
+        lines += [f"  note           {note}" for note in self.notes]
         if self.bad_rows["count"]:
             lines.append(f"  unreadable     {self.bad_rows['count']:,} rows were passed over, first:")
             lines += [f"    {row}" for row in self.bad_rows["first"]]
         return "\n".join(lines)
+
+    def _split_lines(self) -> list[str]:
+        split = self.split
+        rule = str(split["rule"]).replace("_", "-")
+        if "test_start" in split:
+            validation, test = (np.datetime64(split[f"{part}_start"], "s") for part in ("validation", "test"))
+            rule += f", validation from {validation}, test from {test}"
+        lines = [
+            f"  split          {rule}: {split['train']:,} rows train, {split['validation']:,} targets of "
+            f"{split['validation_users']:,} users validate, {split['test']:,} of {split['test_users']:,} test"
+        ]
+        if split["rule"] == LEAVE_ONE_OUT and self.train_only_users:
+            lines.append(
+                f"  short users    {self.train_only_users:,} have fewer than {MIN_HELD_OUT} interactions: "
+                "they train and are never evaluated"
+            )
+        elif self.train_only_users:
+            lines.append(f"  no target      {self.train_only_users:,} users are never evaluated")
+        without = split.get("without_history", {})
+        if any(without.values()):
+            lines.append(
+                f"  no history     {without['validation']:,} rows of validation and {without['test']:,} of test come "
+                "first of their user: they are no targets"
+            )
+        return lines
+
+
+_CATALOGUE = {"interactions": "those with an interaction", "table": "the whole item table"}
+
+
+def _facts(facts: Mapping[str, Any]) -> str:
+    return ", ".join(f"{key.replace('_', '-')} {value}" for key, value in facts.items() if value is not None) or "none"

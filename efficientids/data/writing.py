@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
-import tempfile
+import uuid
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -13,6 +12,7 @@ import numpy as np
 
 from efficientids.data import layout
 from efficientids.data.dataset import Dataset
+from efficientids.data.workplace import workplace
 from efficientids.errors import UserError
 
 Extra = Mapping[str, Mapping[str, np.ndarray]]
@@ -34,7 +34,7 @@ def check_destination(path: Path, overwrite: bool) -> None:
     try:
         manifest = json.loads((path / layout.MANIFEST).read_bytes())
         ours = manifest["format"] == layout.FORMAT
-        known = {layout.MANIFEST, layout.REPORT, *manifest["files"]}
+        known = {layout.MANIFEST, layout.REPORT, layout.PAGE, *manifest["files"]}
     except (OSError, ValueError, KeyError, TypeError):
         ours, known = False, set()
     if not ours:
@@ -47,44 +47,57 @@ def check_destination(path: Path, overwrite: bool) -> None:
 
 
 def write_dataset(
-    path: str | Path, contents: layout.Contents, *, extra: Extra | None = None, overwrite: bool = False
+    path: str | Path,
+    contents: layout.Contents,
+    *,
+    extra: Extra | None = None,
+    beside: Mapping[str, str] | None = None,
+    overwrite: bool = False,
 ) -> Dataset:
     """Writes `contents` as the data set folder `path` and opens it.
 
-    `extra` gives further files: name ending in .npz → arrays. The folder is made beside `path` and renamed into place;
-    with `overwrite` the data set that was there is removed once the new one is whole. Raises UserError when the
-    destination may not be written (`check_destination`) or the contents break a rule of `layout`.
+    `extra` gives further files: name ending in .npz → arrays; `beside` texts that are no part of the data set (the
+    report). The folder is made beside `path` and renamed into place; with `overwrite` the data set that was there is
+    removed once the new one is whole. Raises UserError when the destination may not be written (`check_destination`) or
+    the contents break a rule of `layout`.
     """
     path = Path(path).resolve()
     check_destination(path, overwrite)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        new = Path(tempfile.mkdtemp(prefix=f".{path.name}.new-", dir=path.parent))
-        try:
-            new.chmod(0o755)  # mkdtemp makes it private to the user; a data set is an ordinary folder
-            _fill(new, contents, extra or {})
-            Dataset.open(new)  # every rule of the format, checked on what was really written
-            _swap(new, path)
-        finally:
-            shutil.rmtree(new, ignore_errors=True)
+        with workplace(path, f"{os.getpid()}-{uuid.uuid4().hex[:8]}") as place:
+            new = place.folder(path.name)
+            fill(new, contents, extra, beside)
+            place.put(new, path)
     except OSError as error:
         raise UserError(f"{path}: cannot be written ({error}); nothing there was changed") from error
     return Dataset.open(path)
 
 
-def _fill(folder: Path, contents: layout.Contents, extra: Extra) -> None:
+def fill(
+    folder: Path, contents: layout.Contents, extra: Extra | None = None, beside: Mapping[str, str] | None = None
+) -> None:
+    """Writes every file into `folder` and opens it, which checks each rule of the format on what was really written.
+
+    Arrays that lie in `folder` already (`contents` has them memory-mapped from there) are left as they are.
+    """
     arrays = {
         layout.ITEM_IDS: contents.item_ids,
         layout.TIMESTAMPS: contents.timestamps,
         layout.OFFSETS: contents.offsets,
     }
     num_items = layout.check_arrays(folder, arrays, len(contents.items))
+    if contents.held_out is not None:
+        layout.check_held_out(folder, contents.held_out, contents.offsets)
+        arrays |= contents.held_out.arrays()
     for name, array in arrays.items():
-        np.save(folder / name, array, allow_pickle=False)
+        if not (folder / name).exists():
+            np.save(folder / name, array, allow_pickle=False)
     contents.items.write_parquet(folder / layout.ITEMS)
     contents.users.write_parquet(folder / layout.USERS)
-    for name, members in extra.items():
+    for name, members in (extra or {}).items():
         np.savez(folder / name, allow_pickle=False, **members)
+    for name, text in (beside or {}).items():
+        (folder / name).write_text(text, encoding="utf-8")
     lengths = np.diff(contents.offsets)
     manifest = {
         "format": layout.FORMAT,
@@ -95,30 +108,18 @@ def _fill(folder: Path, contents: layout.Contents, extra: Extra) -> None:
         "num_items": num_items,
         "catalogue_size": len(contents.items),
         "num_interactions": len(contents.item_ids),
-        "train_only_users": int((lengths < layout.MIN_HELD_OUT).sum()),
+        "train_only_users": layout.without_target(lengths, contents.held_out, contents.offsets),
+        "timestamps": contents.timed,
         "order": dict(contents.order),
+        "split": dict(contents.split),
         "filters": dict(contents.filters),
+        "catalogue": contents.catalogue,
+        "request": dict(contents.request),
         "id_dtype": str(layout.DTYPES[layout.ITEM_IDS]),
         "files": {
             name: {"bytes": (folder / name).stat().st_size, "sha256": layout.sha256_of(folder / name)}
-            for name in (*layout.REQUIRED_FILES, *extra)
+            for name in (layout.ITEMS, layout.USERS, *arrays, *(extra or {}))
         },
     }
     (folder / layout.MANIFEST).write_text(json.dumps(manifest, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-def _swap(new: Path, path: Path) -> None:
-    """Puts `new` at `path`. What was there moves aside first and comes back should the second rename fail."""
-    if not path.exists():
-        os.rename(new, path)
-        return
-    old = Path(tempfile.mkdtemp(prefix=f".{path.name}.old-", dir=path.parent)) / path.name
-    os.rename(path, old)
-    try:
-        os.rename(new, path)
-    except BaseException:
-        os.rename(old, path)
-        raise
-    finally:
-        if path.exists():
-            shutil.rmtree(old.parent, ignore_errors=True)
+    Dataset.open(folder)

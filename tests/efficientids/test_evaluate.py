@@ -14,11 +14,13 @@ import pytest
 from flax import nnx
 
 from efficientids.data.dataset import Dataset
-from efficientids.data.layout import Contents
+from efficientids.data.layout import Contents, HeldOut
 from efficientids.data.writing import write_dataset
 from efficientids.errors import UserError
-from efficientids.evaluation.evaluate import as_text, evaluate
+from efficientids.evaluation.evaluate import evaluate
+from efficientids.evaluation.metrics import MISSED
 from efficientids.evaluation.samples import sample_recommendations
+from efficientids.evaluation.text import as_text
 from efficientids.recommenders.base import Histories, Phase, Ranked
 
 ITEMS, CUTOFFS, MAX_ITEMS, BATCH = 12, (1, 3, 5), 4, 4
@@ -31,6 +33,9 @@ class Table:
 
     scores_NN: np.ndarray
     shown: list[tuple[Histories, np.ndarray | None]] = dataclasses.field(default_factory=list)
+    max_items: int = MAX_ITEMS
+    history: str = f"newest {MAX_ITEMS} items"
+    spec: None = None
 
     def init(self, key: jax.Array) -> nnx.Module:
         return nnx.Module()
@@ -122,16 +127,16 @@ def by_loops(scores_NN: np.ndarray, dataset: Dataset, split: Any, seen: Seen) ->
 def test_evaluate_equals_plain_loops(dataset: Dataset, split: Any, seen: Seen, ties: bool) -> None:
     recommender, calls = table(ties), list[tuple[int, int]]()
     result = evaluate(
-        recommender, nnx.Module(), dataset, split, seen=seen, max_items=MAX_ITEMS, batch_size=BATCH, cutoffs=CUTOFFS,
+        recommender, nnx.Module(), dataset, split, seen=seen, batch_size=BATCH, cutoffs=CUTOFFS,
         progress=lambda done, total: calls.append((done, total)),
     )  # fmt: skip
     metrics, unhittable = by_loops(recommender.scores_NN, dataset, split, seen)
     assert 0 < metrics["hr@5"] < 1
-    assert result["metrics"] == pytest.approx(metrics, abs=1e-12)
+    assert result.metrics == pytest.approx(metrics, abs=1e-12)
     # Nine users in batches of four: the last batch has three rows of padding, which count for nothing.
-    assert result["users"] == 9
+    assert result.users == 9
     assert calls == [(4, 9), (8, 9), (9, 9)]
-    protocol = result["protocol"]
+    protocol = result.protocol
     assert protocol["seen"] == seen
     assert protocol["unhittable_share"] == pytest.approx(unhittable)
     assert (unhittable > 0) == (seen == "mask")
@@ -141,7 +146,7 @@ def test_evaluate_equals_plain_loops(dataset: Dataset, split: Any, seen: Seen, t
 @pytest.mark.parametrize("split", ["validation", "test"])
 def test_the_recommender_is_shown_nothing_of_the_target_or_after(dataset: Dataset, split: Any) -> None:
     recommender = table(ties=False)
-    evaluate(recommender, nnx.Module(), dataset, split, max_items=MAX_ITEMS, batch_size=BATCH, cutoffs=CUTOFFS)
+    evaluate(recommender, nnx.Module(), dataset, split, batch_size=BATCH, cutoffs=CUTOFFS)
     rows = iter([user for user in range(dataset.num_users) if dataset.lengths[user] >= 3])
     for histories, exclude in recommender.shown:
         assert exclude is not None
@@ -158,14 +163,14 @@ def test_the_recommender_is_shown_nothing_of_the_target_or_after(dataset: Datase
 
 def test_seen_items_are_excluded_only_where_they_are_masked(dataset: Dataset) -> None:
     recommender = table(ties=False)
-    evaluate(recommender, nnx.Module(), dataset, "test", seen="keep", max_items=MAX_ITEMS, cutoffs=CUTOFFS)
+    evaluate(recommender, nnx.Module(), dataset, "test", seen="keep", cutoffs=CUTOFFS)
     assert [exclude for _, exclude in recommender.shown] == [None]
 
 
 def test_nan_scores_fail(dataset: Dataset) -> None:
     broken = Table(np.full((ITEMS + 1, ITEMS + 1), np.nan))
     with pytest.raises(UserError, match=r"split test: .*NaN"):
-        evaluate(broken, nnx.Module(), dataset, "test", seen="keep", max_items=MAX_ITEMS, cutoffs=CUTOFFS)
+        evaluate(broken, nnx.Module(), dataset, "test", seen="keep", cutoffs=CUTOFFS)
 
 
 def test_a_split_without_targets_is_refused(dataset: Dataset, tmp_path: Path) -> None:
@@ -175,12 +180,36 @@ def test_a_split_without_targets_is_refused(dataset: Dataset, tmp_path: Path) ->
     )  # fmt: skip
     short = write_dataset(tmp_path / "short", contents)
     with pytest.raises(UserError, match="at least 3 interactions"):
-        evaluate(table(ties=False), nnx.Module(), short, "test", max_items=MAX_ITEMS, cutoffs=CUTOFFS)
+        evaluate(table(ties=False), nnx.Module(), short, "test", cutoffs=CUTOFFS)
+
+
+def test_a_user_with_several_examples(dataset: Dataset, tmp_path: Path) -> None:
+    """A split by time: two examples of user 0, one of user 2, none of others; the history is all that came before."""
+    items = np.array([1, 2, 3, 4, 5, 6, 7, 8, 9, 1, 2, 2], np.int32)
+    contents = Contents(
+        "timed", "test", dataset.items, dataset.users.head(3), items, np.arange(12), np.array([0, 5, 8, 12]),
+        {"rule": "time", "tie_break": "none"}, {}, {"rule": "time"},
+        HeldOut(np.array([2, 3, 2]), np.array([2]), np.array([3, 4, 11])),
+    )  # fmt: skip
+    timed = write_dataset(tmp_path / "timed", contents)
+    recommender = table(ties=False)
+    found = evaluate(recommender, nnx.Module(), timed, "test", cutoffs=CUTOFFS)
+    assert found.rows.users.tolist() == [0, 0, 2] and found.rows.targets.tolist() == [4, 5, 2]
+    assert found.rows.history_lengths.tolist() == [3, 4, 3]
+    assert (found.users, found.examples) == (2, 3)
+    expected = [sum(recommender.scores_NN[last, i] >= recommender.scores_NN[last, target]
+                    for i in range(1, ITEMS + 1) if i not in seen)
+                for last, target, seen in ((3, 4, (1, 2, 3)), (4, 5, (1, 2, 3, 4)))]  # fmt: skip
+    assert [rank if rank <= 5 else MISSED for rank in expected] + [MISSED] == found.rows.ranks.tolist()
+    assert found.protocol["unhittable_share"] == pytest.approx(1 / 3)
+    assert as_text(found).startswith("split by time, test: 3 examples of 2 users; ranked over")
+    text = sample_recommendations(recommender, nnx.Module(), timed, users=3)
+    assert text.count("user u") == 2 and text.count("    1. ") == 2
 
 
 def test_samples_show_titles_and_no_empty_places(dataset: Dataset) -> None:
     """The last user has one item left to recommend: one line, not five."""
-    text = sample_recommendations(table(ties=False), nnx.Module(), dataset, users=2, max_items=MAX_ITEMS)
-    first, last = text.split("user u9 watched")
-    assert first.startswith("user u0 watched … Film ") and first.count("\n") == 6
+    text = sample_recommendations(table(ties=False), nnx.Module(), dataset, users=2)
+    first, last = text.split("user u9 chose")
+    assert first.startswith("user u0 chose … Film ") and first.count("\n") == 6
     assert last.splitlines() == [" … Film 8 · Film 9 · Film 10 · Film 11", "    1. Film 12  ← chosen next"]

@@ -6,11 +6,12 @@ import importlib.metadata
 import jax
 import pytest
 
+from efficientids import systems
 from efficientids.config import TrainConfig
 from efficientids.errors import UserError
 from efficientids.planning.gpu import DEVICES, compile_step
 from efficientids.planning.memory import abstract_program
-from efficientids.resolve import Scale, llama_config, resolve
+from efficientids.systems.base import Scale
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -24,9 +25,9 @@ def plugin() -> None:
 
 def test_the_7b_training_step_compiles_for_an_rtx_5090() -> None:
     asked = TrainConfig(llama_size="7b", freeze_llama=True, precision="bfloat16", batch_size=4, seq_len=512)
-    llama = llama_config(asked)
-    config = resolve(dataclasses.replace(asked, random_weights=True), llama, Scale())
-    program, phase = abstract_program(config, llama, Scale().num_items)
+    system = systems.get("efficientids")
+    config = system.resolve(dataclasses.replace(asked, random_weights=True), Scale())
+    program, phase = abstract_program(config, system, Scale())
     memory = compile_step(program, phase, "rtx5090")
     base = 2 * 6_738_415_616
     # The bf16 base is an argument and nothing else; what is trained (with its Adam state) is written in place.
@@ -37,7 +38,7 @@ def test_the_7b_training_step_compiles_for_an_rtx_5090() -> None:
 
 
 def test_an_unknown_device_is_refused_with_the_known_ones() -> None:
-    config = TrainConfig()
-    program, phase = abstract_program(resolve(config, llama_config(config), Scale()), llama_config(config), 20)
+    system, small = systems.get("efficientids"), Scale(num_items=20)
+    program, phase = abstract_program(system.resolve(TrainConfig(), small), system, small)
     with pytest.raises(UserError, match="rtx5090"):
         compile_step(program, phase, "rtx6000")

@@ -20,13 +20,14 @@ from flax import nnx
 
 import efficientids
 from core.functional import Buffer
-from efficientids import build, loading
+from efficientids import loading, systems
 from efficientids.config import parse
 from efficientids.data.dataset import Dataset
 from efficientids.errors import UserError
 from efficientids.loading import open_run
 from efficientids.planning.memory import abstract_program
 from efficientids.recommenders.base import in_llama
+from efficientids.systems.base import Scale
 from efficientids.train import main
 from efficientids.training.step import build_program
 from tests.conftest import ROOT
@@ -71,8 +72,8 @@ def test_a_second_stage_keeps_the_clusters_of_the_first(
     earlier = open_run(trained(*TWO_LEVEL))
     # Another seed would cluster otherwise: the vectors belong to the clusters that they were trained with.
     config = dataclasses.replace(earlier.config, seed=5)
-    system = build.recommender(config, LLAMA, tiny_data, loading.clusters_of(earlier))
-    members = loading.adopt(earlier, system, config).clusters["members_CM"][...]
+    system = systems.get("efficientids")
+    members = loading.adopt(earlier, system.recommender(config, tiny_data, earlier), system).clusters["members_CM"][...]
     assert (members == earlier.params["clusters"]["members_CM"][...]).all()
     np.save(tmp_path / "given.npy", np.arange(NUM_ITEMS) % 6)
     stage = flags(load_checkpoint=earlier.run.path, data_dir=tiny_data.path, weights=weights, **SMALL_JOB)
@@ -102,7 +103,7 @@ def test_titles_with_a_text_loss_given_clusters_and_low_rank_items(
     params = check_run(run)
     expected = [(encoder.encode(title).ids + [-1] * 3)[:3] for title in titles]
     assert params["titles_NK"][...].tolist() == [[-1] * 3, *expected]
-    assert open_run(run).system.spec.bos == encoder.token_to_id("<s>")
+    assert open_run(run).recommender.spec.bos == encoder.token_to_id("<s>")
     (line,) = events(run, "step")
     assert min(line["text_loss"], line["item_loss"]) < line["loss"] < max(line["text_loss"], line["item_loss"])
     assert params["clusters"]["cluster_of_item_N1"][...].tolist() == [-1, *given.tolist()]
@@ -151,8 +152,9 @@ def test_estimate_equals_the_bytes_of_the_real_arrays(
     capsys.readouterr()
     given = (*more, *flags(weights=weights, data_dir=tiny_data.path, precision="float32", num_steps=4))
     parts = estimated(capsys, *given)["parts"]
+    system, scale = systems.get("efficientids"), Scale(num_items=NUM_ITEMS)
     program = build_program(
-        loaded.model, abstract_program(loaded.config, LLAMA, NUM_ITEMS)[1], accumulation=1, grad_clip=1.0
+        loaded.model, abstract_program(loaded.config, system, scale)[1], accumulation=1, grad_clip=1.0
     )
 
     def size(tree: Any) -> int:
@@ -191,3 +193,20 @@ def test_the_command_line_says_nothing_of_devices_that_are_not_there(
     for word in ("cuda", "plugin", "traceback", "warning"):
         assert word not in done.stderr.lower(), done.stderr
     assert parse(["--config", str(tmp_path / "run" / "config.yaml")]).num_steps == SMALL_JOB["num_steps"]
+
+
+def test_packed_sequences_with_titles(trained: Trained, tiny_data: Dataset, tmp_path: Path) -> None:
+    """Fewer rows than users: the packed batch asks for several histories a row, and trains as any other."""
+    tokenizer(tmp_path, tiny_data.items["title"].to_list())
+    text = flags(item_text="title", title_tokens=2, tokenizer=tmp_path / "tokenizer.json", seq_len=64, max_seq_len=8)
+    run = trained(*text, "--pack_sequences", "--batch_size=4")
+    check_run(run)
+    config = open_run(run).config
+    assert config.pack_sequences and config.length_buckets == 1
+    system = systems.get("efficientids")
+    (phase,) = system.recommender(config, tiny_data, None).plan()
+    batch = next(phase.batches(0, 0))
+    assert {name: array.shape for name, array in batch.items()} == {
+        name: spec.shape for name, spec in phase.batch_specs[0].items()
+    }
+    assert batch["segments"].max(axis=1).sum() > 4  # more users than rows

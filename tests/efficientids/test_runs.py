@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from collections.abc import Callable
@@ -186,7 +187,10 @@ def test_a_start_that_fails_leaves_nothing(tmp_path: Path) -> None:
 def test_a_bfloat16_base_becomes_float32_masters(trained: Trained, tmp_path: Path) -> None:
     """From the weight file it is read again, unrounded; from a checkpoint it is widened."""
     run = frozen_run(trained)
-    wide, narrow = (open_run(run, llama_dtype=dtype).params["llama"] for dtype in (jnp.float32, jnp.bfloat16))
+    config = open_run(run).config
+    asked = {"float32": dataclasses.replace(config, freeze_llama=False), "bfloat16": config}
+    asked = {precision: dataclasses.replace(c, precision=precision) for precision, c in asked.items()}
+    wide, narrow = (open_run(run, like=asked[name]).params["llama"] for name in ("float32", "bfloat16"))
     assert narrow["embed_VD"][...].dtype == jnp.bfloat16
     assert (wide["embed_VD"][...] != narrow["embed_VD"][...]).any()
     saved: nnx.State = nnx.State({"llama": nnx.State(narrow)})

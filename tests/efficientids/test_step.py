@@ -16,8 +16,9 @@ from flax import nnx
 from core.clustering import by_popularity, from_assignment
 from core.functional import Buffer
 from core.models.efficientids import EfficientIDSConfig
-from efficientids.recommenders.base import Batch, LossSum, OptimizerConfig, Phase, in_llama
-from efficientids.recommenders.efficientids import EfficientIDS, EfficientIDSSpec, Training
+from efficientids.recommenders.base import Batch, LossSum, OptimizerConfig, Phase, Training, in_llama
+from efficientids.recommenders.efficientids import EfficientIDS, EfficientIDSSpec
+from efficientids.systems.base import history_spec
 from efficientids.training import optimizer
 from efficientids.training.step import Program, build_program
 from tests.efficientids.tiny import LLAMA, NUM_ITEMS
@@ -38,7 +39,8 @@ def system(*, freeze: bool = False, head: Any = "full", adam: OptimizerConfig = 
     clusters = from_assignment(by_popularity(np.arange(NUM_ITEMS), 5), 5) if head == "two_level" else None
     model = EfficientIDSConfig(LLAMA, NUM_ITEMS, item_dim=8, head=head)
     spec = EfficientIDSSpec(model, seq_len=ITEMS, max_seq_len=ITEMS)
-    return EfficientIDS(spec, clusters=clusters, training=Training(10, 1.0, ROWS, adam, freeze, no_batches))
+    training = Training(10, 1.0, [history_spec(ITEMS, ROWS)], adam, no_batches)
+    return EfficientIDS(spec, clusters=clusters, training=training, freeze_llama=freeze)
 
 
 def model_of(recommender: EfficientIDS) -> nnx.Module:
@@ -156,7 +158,7 @@ def toy_loss(model: Toy, batch: Batch, key: jax.Array, step: jax.Array) -> LossS
 def toy_phase(*filters: Any, **adam: Any) -> Phase:
     config = OptimizerConfig(**{"learning_rate": 0.1, **adam})
     return Phase(
-        name="toy", groups=[(f, config) for f in filters], batch_spec={"n": jax.ShapeDtypeStruct((2,), jnp.int32)},
+        name="toy", groups=[(f, config) for f in filters], batch_specs=[{"n": jax.ShapeDtypeStruct((2,), jnp.int32)}],
         batches=no_batches, loss=toy_loss, num_steps=10, steps_per_epoch=1.0,
     )  # fmt: skip
 

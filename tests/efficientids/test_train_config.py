@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 import yaml
 
-from core.config import LLAMA_SIZES
+from efficientids import systems
 from efficientids.config import TrainConfig, from_mapping, parse, to_mapping
 from efficientids.errors import UserError
-from efficientids.resolve import Scale, resolve
+from efficientids.systems.base import Scale
 
 # The seed's flags, then those that the project adds: what stands on the command line, and what it means.
 FLAGS: list[tuple[str, dict[str, Any]]] = [
@@ -168,7 +168,7 @@ def test_contradictions_and_ranges(line: str, message: str) -> None:
 
 def resolved(line: str, scale: Scale | None = None) -> TrainConfig:
     config = parse(line.split())
-    return resolve(config, LLAMA_SIZES[config.llama_size].config, scale or Scale())
+    return systems.get(config.recommender).resolve(config, scale or Scale())
 
 
 def test_what_the_rest_decides() -> None:
@@ -182,7 +182,7 @@ def test_what_the_rest_decides() -> None:
     assert resolved("--llama_size 1b").item_dim == 384
     assert resolved("", Scale(num_items=100_000)).num_clusters == 317  # ⌈√N⌉
     assert resolved("--num_clusters 5").head == resolved("--clustering f").head == "two_level"
-    # 6,040 users in steps of 4 × 10 users: 151 steps an epoch.
+    # Without a data set 6,040 long histories in steps of 4 × 10 users: 151 steps an epoch.
     long = resolved("--epochs 2 --batch_size 10 --gradient_accumulation 4")
     assert (long.num_steps, long.epochs, long.eval_every) == (302, None, 151)
     assert resolved("--batch_size_per_device 10").batch_size == 10

@@ -9,11 +9,19 @@ import numpy as np
 import polars as pl
 import pytest
 
+from efficientids.data import layout
 from efficientids.data.dataset import Dataset
 from efficientids.data.layout import Contents
+from efficientids.data.report import DataReport
 from efficientids.data.writing import write_dataset
 
 MakeContents = Callable[..., Contents]
+
+
+@pytest.fixture
+def no_page(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leaves the page with plots out, which takes longer than everything else that `prepare` does to a small log."""
+    monkeypatch.setattr(DataReport, "files", lambda report: {layout.REPORT: report.to_json() + "\n"})
 
 
 @pytest.fixture(scope="session")

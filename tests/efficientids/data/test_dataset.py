@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 from collections.abc import Callable
@@ -12,6 +13,7 @@ import polars as pl
 import pytest
 
 from efficientids.data.dataset import Dataset
+from efficientids.data.layout import HeldOut
 from efficientids.data.writing import write_dataset
 from efficientids.errors import UserError
 
@@ -39,6 +41,37 @@ def test_splits_leave_one_out(dataset: Dataset, split: str, histories: list[list
     assert dataset.split_lengths(split).tolist() == [len(history) for history in histories]
     assert dataset.targets(split).tolist() == targets
     assert dataset.history_times(3, split).tolist() == [10 * (t + 1) for t in range(len(histories[3]))]
+
+
+@pytest.fixture
+def held_out(tmp_path: Path, make_contents: Callable) -> Dataset:
+    """Users with 5, 3 and 2 items; two validation targets, three test targets, two of them of the first user."""
+    split = HeldOut(np.array([2, 1, 2]), np.array([2, 6]), np.array([3, 4, 7]))
+    contents = make_contents([[1, 2, 3, 4, 5], [6, 7, 8], [1, 2]])
+    contents = dataclasses.replace(contents, split={"rule": "given"}, held_out=split)
+    return write_dataset(tmp_path / "held out", contents)
+
+
+def test_a_split_with_several_targets_of_a_user(held_out: Dataset) -> None:
+    assert held_out.train_lengths.tolist() == [2, 1, 2]
+    users, lengths, targets = (array.tolist() for array in held_out.examples("test"))
+    assert (users, lengths, targets) == ([0, 0, 1], [3, 4, 2], [4, 5, 8])
+    users, lengths, targets = (array.tolist() for array in held_out.examples("validation"))
+    assert (users, lengths, targets) == ([0, 1], [2, 1], [3, 7])
+    assert held_out.examples("all").lengths.tolist() == [5, 3, 2]
+    assert held_out.train_only_users == 1
+    assert held_out.history(0, "train").tolist() == [1, 2]
+    with pytest.raises(UserError, match="a user may have several examples in test"):
+        held_out.targets("test")
+
+
+def test_version_1_is_leave_one_out_with_times(dataset: Dataset) -> None:
+    manifest = json.loads((dataset.path / "manifest.json").read_text())
+    for field in ("split", "timestamps", "catalogue", "request"):
+        del manifest[field]
+    (dataset.path / "manifest.json").write_text(json.dumps({**manifest, "format_version": 1}))
+    old = Dataset.open(dataset.path)
+    assert old.timed and old.examples("test").targets.tolist() == [5, 8, 1]
 
 
 def test_unknown_split_and_user(dataset: Dataset) -> None:
@@ -94,7 +127,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "no manifest": (lambda f: (f / "manifest.json").unlink(), r"no prepared data set \(no manifest\.json\)"),
     "manifest cut": (lambda f: (f / "manifest.json").write_text("{"), r"manifest\.json: not JSON"),
     "other manifest": (lambda f: (f / "manifest.json").write_text("[1]"), "field format is not"),
-    "version": (_manifest(format_version=99), "format_version is 99, this program reads 1"),
+    "version": (_manifest(format_version=99), "format_version is 99, this program reads 1 and 2"),
     "no count": (_manifest(num_users=None), "num_users is None"),
     "wrong count": (_manifest(num_items=9), "num_items is 9, but the files hold 8"),
     "empty": (_manifest(num_interactions=0), "the data set is empty"),
@@ -117,6 +150,30 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "title changed": (_items(lambda t: t.with_columns(title=pl.lit("x"))), r"items\.parquet: .*manifest"),
     "bit flip": (_flip_a_bit, r"timestamps\.npy: its sha256 is not the manifest's"),
 }
+
+
+SPLIT_DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
+    "no split file": (lambda f: (f / "test_rows.npy").unlink(), r"test_rows\.npy: missing"),
+    "unknown rule": (_manifest(split={"rule": "coin"}), "split has the rule 'coin'"),
+    "no rule": (_manifest(split=None), "split has the rule None"),
+    "times": (_manifest(timestamps="yes"), "timestamps is 'yes', expected true or false"),
+    "narrow rows": (_edit("test_rows.npy", lambda a: a.astype(np.int32)), r"test_rows\.npy: holds int32"),
+    "few users": (_edit("train_lengths.npy", lambda a: a[:-1]), r"train_lengths\.npy: has 2 rows"),
+    "long train": (_edit("train_lengths.npy", _set(2, 3)), "user 2 trains on 3 rows of 2"),
+    "rows fall": (_edit("test_rows.npy", _set(0, 4)), r"test_rows\.npy: must hold rising row numbers within 0\.\.9"),
+    "row beyond": (_edit("test_rows.npy", _set(2, 10)), "must hold rising row numbers"),
+    "target trains": (_edit("validation_rows.npy", _set(0, 1)), r"validation_rows\.npy: row 1 trains"),
+    "first row": (lambda f: (_edit("train_lengths.npy", _set(1, 0))(f), _edit("validation_rows.npy", _set(1, 5))(f)),
+                  "row 5 trains or is its user's first"),
+    "in both": (_edit("validation_rows.npy", _set(1, 7)), r"test_rows\.npy: shares rows"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("damage", "message"), SPLIT_DAMAGES.values(), ids=SPLIT_DAMAGES)
+def test_damage_of_a_split_is_named(held_out: Dataset, damage: Callable[[Path], object], message: str) -> None:
+    damage(held_out.path)
+    with pytest.raises(UserError, match=message):
+        Dataset.open(held_out.path)
 
 
 @pytest.mark.parametrize(("damage", "message"), DAMAGES.values(), ids=DAMAGES)
