@@ -12,9 +12,10 @@ from core.functional import FunctionalModel
 from core.platform import quiet_devices
 from core.weight_files import CheckpointError, weights_checksum
 from efficientids import checkpoints, systems
-from efficientids.config import TrainConfig, from_mapping
+from efficientids.config import from_mapping
 from efficientids.data.dataset import Dataset
 from efficientids.errors import UserError
+from efficientids.options import TrainConfig
 from efficientids.recommenders.base import Recommender, in_llama
 from efficientids.runs import RunFolder, locate
 from efficientids.systems.base import System, abstract, differing_fields, items_sha256

@@ -13,7 +13,7 @@ from flax import nnx
 from core.platform import quiet_devices
 from core.weight_files import weights_checksum
 from efficientids import loading, systems
-from efficientids.config import TrainConfig, parse, to_mapping
+from efficientids.config import parse, to_mapping
 from efficientids.data.dataset import Dataset
 from efficientids.data.generated import generate
 from efficientids.evaluation.evaluate import evaluate
@@ -21,6 +21,7 @@ from efficientids.evaluation.of_run import evaluate_run
 from efficientids.evaluation.samples import sample_recommendations
 from efficientids.evaluation.text import as_text
 from efficientids.log import RunLog, duration
+from efficientids.options import TrainConfig
 from efficientids.planning.memory import estimate
 from efficientids.recommenders.base import Recommender, in_llama
 from efficientids.runs import RunFolder

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,12 @@ from efficientids.data.users import hash_ids
 from efficientids.errors import UserError
 
 USER, ITEM, TIME, SPLIT = "user", "item", "time", "split"
-COLUMNS = {USER: np.dtype("<u4"), ITEM: np.dtype("<u4"), TIME: np.dtype("<i8"), SPLIT: np.dtype("u1")}
+COLUMNS: Mapping[str, np.dtype[Any]] = {
+    USER: np.dtype("<u4"),
+    ITEM: np.dtype("<u4"),
+    TIME: np.dtype("<i8"),
+    SPLIT: np.dtype("u1"),
+}
 USERS, ITEMS, USER_TABLE = "user_ids.parquet", "item_ids.parquet", "user_table.parquet"
 TITLED = "titled.npy"  # bool by item code: the item table has a title for it
 ITEM_TABLE = "item_table"  # folder of parquet files: `code` and what is known of the item

@@ -37,7 +37,11 @@ MANIFEST = "manifest.json"
 REPORT, PAGE = "report.json", "report.html"  # what was dropped and why; beside the data set, not of it
 ITEMS, USERS = "items.parquet", "users.parquet"
 ITEM_IDS, TIMESTAMPS, OFFSETS = "item_ids.npy", "timestamps.npy", "offsets.npy"
-DTYPES = {ITEM_IDS: np.dtype(np.int32), TIMESTAMPS: np.dtype(np.int64), OFFSETS: np.dtype(np.int64)}
+DTYPES: Mapping[str, np.dtype[Any]] = {
+    ITEM_IDS: np.dtype(np.int32),
+    TIMESTAMPS: np.dtype(np.int64),
+    OFFSETS: np.dtype(np.int64),
+}
 REQUIRED_FILES = (ITEMS, USERS, ITEM_IDS, TIMESTAMPS, OFFSETS)
 LEAVE_ONE_OUT, TIME, GIVEN = "leave_one_out", "time", "given"
 TRAIN_LENGTHS, VALIDATION_ROWS, TEST_ROWS = "train_lengths.npy", "validation_rows.npy", "test_rows.npy"

@@ -120,7 +120,9 @@ def prepare_files(
         source=source.kind,
         items=items.drop("rank"),
         users=user_table(spooled, user_rank, left),
-        **_arrays(folder),
+        item_ids=map_array(folder / layout.ITEM_IDS),
+        timestamps=map_array(folder / layout.TIMESTAMPS),
+        offsets=map_array(folder / layout.OFFSETS),
         order=_describe_order(recipe, source, item_order),
         filters=recipe.filters(),
         timed=source.timed,
@@ -175,11 +177,6 @@ def _dropped(recipe: Recipe, facts: dict[str, Any], left: Left) -> dict[str, int
         "core": left.dropped["core"],
     }
     return {name: counts[name] for name, value in recipe.filters().items() if value not in (None, "error")}
-
-
-def _arrays(folder: Path) -> dict[str, np.ndarray]:
-    names = {"item_ids": layout.ITEM_IDS, "timestamps": layout.TIMESTAMPS, "offsets": layout.OFFSETS}
-    return {field: map_array(folder / file) for field, file in names.items()}
 
 
 def _split(contents: Contents, recipe: Recipe, left: Left) -> Contents:

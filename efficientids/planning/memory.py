@@ -14,8 +14,8 @@ import jax
 import numpy as np
 from flax import nnx
 
-from efficientids.config import TrainConfig
 from efficientids.errors import UserError
+from efficientids.options import TrainConfig
 from efficientids.recommenders.base import Phase, in_llama
 from efficientids.systems.base import Scale, System
 from efficientids.training.step import Program, build_program

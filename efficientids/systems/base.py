@@ -14,10 +14,10 @@ import numpy as np
 from flax import nnx
 
 from core.packing import PackPlan, pack_histories
-from efficientids.config import TrainConfig
 from efficientids.data.batches import Bucket, Shard, length_buckets, steps_per_epoch, training_batches
 from efficientids.data.dataset import Dataset
 from efficientids.errors import UserError
+from efficientids.options import TrainConfig
 from efficientids.recommenders.base import Batch, OptimizerConfig, Recommender, Training
 
 DEFAULT_EPOCHS = 10.0

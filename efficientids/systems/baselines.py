@@ -10,7 +10,9 @@ from typing import Any
 import jax
 from flax import nnx
 
-from efficientids.config import (
+from efficientids.data.dataset import Dataset
+from efficientids.errors import UserError
+from efficientids.options import (
     EFFICIENTIDS_FLAGS,
     ITEM_KNN_FLAGS,
     LLAMA_FLAGS,
@@ -18,8 +20,6 @@ from efficientids.config import (
     TRAINING_FLAGS,
     TrainConfig,
 )  # fmt: skip
-from efficientids.data.dataset import Dataset
-from efficientids.errors import UserError
 from efficientids.recommenders.base import Recommender
 from efficientids.recommenders.item_knn import ItemKNN, ItemKNNSpec
 from efficientids.recommenders.popularity import Popularity, PopularitySpec

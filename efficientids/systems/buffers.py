@@ -12,12 +12,12 @@ from flax import nnx
 from core import clustering
 from core.clustering import Clusters
 from core.config import LlamaConfig
-from efficientids.config import TrainConfig
 from efficientids.data import layout, templates
 from efficientids.data.cooccurrence import cooccurrence_vectors
 from efficientids.data.dataset import Dataset
 from efficientids.data.text import title_table
 from efficientids.errors import UserError
+from efficientids.options import TrainConfig
 from efficientids.systems.base import Earlier
 from efficientids.systems.llama import weights_folder
 

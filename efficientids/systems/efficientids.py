@@ -17,9 +17,9 @@ from core.config import LlamaConfig
 from core.layers import Init
 from core.models.efficientids import EfficientIDSConfig
 from core.packing import PackPlan
-from efficientids.config import ITEM_KNN_FLAGS, SASREC_FLAGS, TrainConfig
 from efficientids.data.dataset import Dataset
 from efficientids.errors import UserError
+from efficientids.options import ITEM_KNN_FLAGS, SASREC_FLAGS, TrainConfig
 from efficientids.recommenders.base import Recommender
 from efficientids.recommenders.efficientids import EfficientIDS, EfficientIDSSpec
 from efficientids.systems import base

@@ -13,8 +13,8 @@ from core.config import LLAMA_SIZES, LlamaConfig
 from core.llama import Compute
 from core.llama_loader import LlamaLoader
 from core.weight_files import CheckpointError
-from efficientids.config import TrainConfig
 from efficientids.errors import UserError
+from efficientids.options import TrainConfig
 from efficientids.recommenders.base import Recommender, in_llama
 
 

@@ -10,9 +10,9 @@ from typing import Any
 from flax import nnx
 
 from core.models.sasrec import SASRecConfig
-from efficientids.config import EFFICIENTIDS_FLAGS, ITEM_KNN_FLAGS, LLAMA_FLAGS, TrainConfig
 from efficientids.data.dataset import Dataset
 from efficientids.errors import UserError
+from efficientids.options import EFFICIENTIDS_FLAGS, ITEM_KNN_FLAGS, LLAMA_FLAGS, TrainConfig
 from efficientids.recommenders.base import Recommender
 from efficientids.recommenders.sasrec import SASRecRecommender, SASRecSpec
 from efficientids.systems import base

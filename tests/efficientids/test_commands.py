@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,7 @@ from efficientids.data.dataset import Dataset
 from efficientids.errors import UserError
 from efficientids.evaluation import cli as evaluate_cli
 from efficientids.serving import cli as recommend_cli
+from tests.conftest import ROOT
 from tests.efficientids.conftest import Trained
 from tests.efficientids.tiny import FROZEN, NUM_ITEMS, NUM_USERS, events
 
@@ -129,3 +132,9 @@ def test_only_what_a_person_can_mend_loses_its_traceback() -> None:
     assert application.run(raises(KeyboardInterrupt()), []) == 130
     with pytest.raises(RuntimeError, match="a bug"):
         application.run(raises(RuntimeError("a bug")), [])
+
+
+def test_a_reader_that_goes_away_is_no_error() -> None:
+    line = f"{sys.executable} {ROOT / 'train_llama.py'} --help | head -1"
+    done = subprocess.run(line, shell=True, capture_output=True, text=True, timeout=120)
+    assert done.stdout.startswith("usage: train_llama.py") and "Traceback" not in done.stderr

@@ -7,8 +7,8 @@ import jax
 import pytest
 
 from efficientids import systems
-from efficientids.config import TrainConfig
 from efficientids.errors import UserError
+from efficientids.options import TrainConfig
 from efficientids.planning.gpu import DEVICES, compile_step
 from efficientids.planning.memory import abstract_program
 from efficientids.systems.base import Scale

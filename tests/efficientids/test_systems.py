@@ -13,11 +13,11 @@ import pytest
 import yaml
 
 from efficientids import systems
-from efficientids.config import RunOptions, TrainConfig
 from efficientids.data.dataset import Dataset
 from efficientids.errors import UserError
 from efficientids.evaluation.cli import main as evaluate
 from efficientids.loading import open_run
+from efficientids.options import RunOptions, TrainConfig
 from efficientids.planning.memory import estimate
 from efficientids.recommenders.base import Histories
 from efficientids.serving.cli import main as recommend

@@ -10,8 +10,9 @@ import pytest
 import yaml
 
 from efficientids import systems
-from efficientids.config import TrainConfig, from_mapping, parse, to_mapping
+from efficientids.config import from_mapping, parse, to_mapping
 from efficientids.errors import UserError
+from efficientids.options import TrainConfig
 from efficientids.systems.base import Scale
 
 # The seed's flags, then those that the project adds: what stands on the command line, and what it means.

@@ -99,7 +99,8 @@ def run_toy(folder: Path, system: ToySystem, validate: Any = None, **options: An
 def rows(run: RunFolder, event: str) -> list[dict[str, Any]]:
     """The lines of one kind in `metrics.jsonl`, without the clock's fields."""
     lines = [json.loads(line) for line in run.metrics.read_text().splitlines()]
-    return [{k: v for k, v in x.items() if k not in ("time", "items_per_s", "input_wait")} for x in lines if x["event"] == event]
+    clock = ("time", "items_per_s", "input_wait")
+    return [{k: v for k, v in x.items() if k not in clock} for x in lines if x["event"] == event]
 
 
 def restored(run: RunFolder, step: int) -> np.ndarray:

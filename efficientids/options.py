@@ -1,0 +1,173 @@
+"""The flags of a training run: their types, defaults and words, and which of them each recommender reads."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Literal
+
+LlamaSizeName = Literal["tiny", "1b", "3b", "7b", "8b", "8b-3.1", "13b", "tinyllama-1.1b"]
+
+
+@dataclasses.dataclass(frozen=True)
+class RunOptions:
+    """What to train, on what, and where the result goes."""
+
+    recommender: Literal["efficientids", "sasrec", "item_knn", "popularity"] = "efficientids"
+    """The system to train. sasrec is the strong baseline; item_knn and popularity only count."""
+    data_dir: Path | None = None
+    """A data set folder (see `python -m efficientids prepare`). Default: a generated catalogue of invented films."""
+    checkpoint_dir: Path | None = None
+    """The run folder R: configuration, metrics, checkpoints; of a new run. Default: runs/RECOMMENDER-TIME."""
+    load_checkpoint: str | None = None
+    """R, R/STEP or R/checkpoints/STEP of an earlier run: start from its parameters (fresh optimiser, step 0)."""
+    estimate_memory_only: bool = False
+    """Print exact bytes of parameters, gradients and optimiser state, then stop."""
+    json: bool = False
+    """With --estimate_memory_only: print JSON."""
+    seed: int = 0
+    """Of the random start, the data order and dropout."""
+    log_every: int = 50
+    """Steps a printed line."""
+    eval_every: int | None = None
+    """Steps between validations, each followed by a checkpoint. Default: once an epoch, at least every 1,000 steps."""
+    patience: int = 0
+    """Stop after this many validations without a better NDCG@10; 0: never."""
+    trackers: str | None = None
+    """Experiment trackers to tell, comma-separated: wandb, mlflow, or names that installed plugins offer."""
+
+
+@dataclasses.dataclass(frozen=True)
+class LlamaOptions:
+    """The Llama inside."""
+
+    llama_size: LlamaSizeName = "tiny"
+    """tiny starts at random; every other size needs weights (HF_TOKEN or --weights) or --random_weights."""
+    weights: Path | None = None
+    """A local folder with config.json and safetensors or .bin weights; its config.json decides the size."""
+    random_weights: bool = False
+    """Start a published size at random instead of downloading its weights."""
+    freeze_llama: bool = False
+    """Train item vectors, adapters and heads only."""
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Of the computation, and of a frozen Llama's parameters; trained ones are float32. auto: bfloat16 on a GPU."""
+    gradient_checkpointing: Literal["auto", "none", "dots", "full"] = "auto"
+    """What the backward pass recomputes; dots: all but matrix products. auto: full from a width of 1,024, else dots."""
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainingOptions:
+    """How long, how fast, how much at a time."""
+
+    num_steps: int | None = None
+    """Optimiser steps. Exclusive with --epochs."""
+    epochs: float | None = None
+    """Passes over the users. Default: 10, with no --num_steps."""
+    batch_size: int | None = None
+    """Users with full-length histories in flight at a time, on all devices together; of shorter ones there are more.
+    Default: 64 below a width of 1,024, else 8."""
+    batch_size_per_device: int | None = None
+    """The same, counted on one device. Exclusive with --batch_size."""
+    length_buckets: int = 4
+    """Shapes of batches: each has half the width and twice the rows of the one before. 1: all rows at full width."""
+    pack_sequences: bool = False
+    """Put several short histories into each row, kept apart; replaces length buckets. Worth it with text."""
+    gradient_accumulation: int = 1
+    """Batches an optimiser step."""
+    learning_rate: float | None = None
+    """Peak learning rate. Default: 1e-3 from scratch, 5e-4 with a frozen pretrained Llama, 5e-5 for fine-tuning."""
+    warmup_steps: int | None = None
+    """Default: 100 frozen, 500 trainable; at most a tenth of the steps."""
+    weight_decay: float = 0.01
+    """Decoupled; never on norms and biases."""
+    grad_clip: float = 1.0
+    """Largest global gradient norm; 0 clips nothing."""
+    dropout: float | None = None
+    """On item inputs and residual branches. Default: 0.2 for a random Llama below a width of 1,024, else 0."""
+    seq_len: int = 64
+    """Positions of the Llama's input: items, and text between them."""
+    max_seq_len: int | None = None
+    """The newest items of a history to look at. Default: what fits in --seq_len."""
+    init_std: float | None = None
+    """Deviation of item vectors and adapters at the start. Default: 0.02 for vectors, 1/√fan-in for adapters."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ItemOptions:
+    """EfficientIDS: item vectors and the softmax over them."""
+
+    head: Literal["auto", "full", "two_level"] = "auto"
+    """One softmax over all items, or clusters first. auto: full below 100,000 items."""
+    num_clusters: int | None = None
+    """Of the two-level head. Default: ⌈√N⌉, balanced k-means on co-occurrence vectors of the training histories."""
+    clustering: Path | None = None
+    """A file of given clusters (.npy or .json), one cluster id an item."""
+    item_dim: int | None = None
+    """Size of an item vector. Default: 384, or the Llama's width where that is smaller."""
+    item_rank: int | None = None
+    """Rank of the item table; default: full."""
+    output_tying: Literal["adapter", "shared_mlp"] = "adapter"
+    """adapter: hidden states come down to item vectors; shared_mlp: item vectors go up through the input adapter."""
+    item_text: Literal["none", "title"] = "none"
+    """Put each item's title behind it in the sequence."""
+    title_tokens: int = 16
+    """Tokens of a title to keep."""
+    tokenizer: Path | None = None
+    """tokenizer.json for titles. Default: the one beside the weights."""
+    text_loss_weight: float = 0.0
+    """Weight of a title token's loss against an item's; 0: items only."""
+    item_template: str | None = None
+    """Text of an item: '{title}[ by {brand}]', a YAML file, or a shipped template's name. Default: the title alone."""
+
+
+@dataclasses.dataclass(frozen=True)
+class SASRecOptions:
+    """SASRec: its shape. --seq_len is the number of items it looks at."""
+
+    width: int = 64
+    """Of item vectors and hidden states."""
+    num_layers: int = 2
+    """Transformer blocks."""
+    num_heads: int = 2
+    """Attention heads."""
+    temperature: float | None = None
+    """Rank by cosines divided by this; default: by plain products."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ItemKNNOptions:
+    """Item-kNN: what stood near an item in other histories (formulas: efficientids/recommenders/item_knn.py)."""
+
+    neighbours: int = 100
+    """The most similar items kept of each item."""
+    pair_window: int = 10
+    """Places between two items of a history that still make a pair."""
+    distance_power: float = 0.5
+    """How fast a pair's weight falls with its distance; 0: not at all."""
+    backward: float = 0.3
+    """Weight of what came before an item against what came after it."""
+    source_power: float = 0.5
+    """How far the popularity of the history's item is divided out."""
+    target_power: float = 0.1
+    """How far the popularity of the candidate is divided out."""
+    recency: float = 0.7
+    """Weight of a history item against the next newer one."""
+    popularity_weight: float = 1e-5
+    """Weight of popularity; so small, it only orders items that are nobody's neighbour."""
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig(ItemKNNOptions, SASRecOptions, ItemOptions, TrainingOptions, LlamaOptions, RunOptions):
+    """Trains a recommender with a Llama inside. Without a flag: a tiny Llama on a generated catalogue of films."""
+
+
+def _names(options: type) -> frozenset[str]:
+    return frozenset(field.name for field in dataclasses.fields(options))
+
+
+# Flags by what reads them, so that a flag which the chosen recommender would ignore can be refused.
+LLAMA_FLAGS = _names(LlamaOptions)
+TRAINING_FLAGS = _names(TrainingOptions)
+EFFICIENTIDS_FLAGS = _names(ItemOptions)
+SASREC_FLAGS = _names(SASRecOptions)
+ITEM_KNN_FLAGS = _names(ItemKNNOptions)
