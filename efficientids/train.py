@@ -22,10 +22,14 @@ from efficientids.evaluation.samples import sample_recommendations
 from efficientids.evaluation.text import as_text
 from efficientids.log import RunLog, duration
 from efficientids.options import TrainConfig
+from efficientids.pages.run_report import ReportPage
+from efficientids.pages.samples import make_samples, write_samples
 from efficientids.planning.memory import estimate
 from efficientids.recommenders.base import Recommender, in_llama
 from efficientids.runs import RunFolder
 from efficientids.systems.base import Scale, System, describe, refuse_unread
+from efficientids.training.tensorboard import TensorBoard
+from efficientids.training.trackers import Tracker, chosen_trackers
 from efficientids.training.trainer import TrainerOptions, Validate, train
 
 
@@ -35,6 +39,7 @@ def main(arguments: Sequence[str]) -> int:
     quiet_devices()
     system = systems.get(config.recommender)
     refuse_unread(config, system)
+    trackers = chosen_trackers(config.trackers)
     if config.estimate_memory_only:
         return _estimate(config, system)
     path = config.checkpoint_dir or Path("runs") / f"{config.recommender}-{time.strftime('%Y%m%d-%H%M%S')}"
@@ -46,11 +51,13 @@ def main(arguments: Sequence[str]) -> int:
         log.say(_announce(config, system, dataset))
         recommender, model, frozen_weights = _start(config, system, dataset, log)
         run.write(to_mapping(config), describe(recommender, config, dataset, frozen_weights, run.path))
-    began = time.perf_counter()
-    train(recommender, model, _options(config, frozen_weights), run, log, _validator(recommender, dataset))
-    log.say(f"trained in {duration(time.perf_counter() - began)}; run folder {run.path}")
-    del model
-    _report(run, dataset, log)
+    followers: dict[str, Tracker] = {"TensorBoard": TensorBoard(), "report.html": ReportPage(), **trackers}
+    with log.followed_by(followers, run.path, to_mapping(config)):
+        began = time.perf_counter()
+        train(recommender, model, _options(config, frozen_weights), run, log, _validator(recommender, dataset))
+        log.say(f"trained in {duration(time.perf_counter() - began)}; run folder {run.path}")
+        del model
+        _report(run, dataset, log)
     return 0
 
 
@@ -124,6 +131,7 @@ def _report(run: RunFolder, dataset: Dataset, log: RunLog) -> None:
     loaded = loading.open_run(run.path)
     log.say(f"best checkpoint: step {loaded.step}")
     result, more = evaluate_run(loaded, dataset, "test")
+    write_samples(run.path, make_samples(loaded.recommender, loaded.model, dataset, step=loaded.step))
     log.record({"event": "test", "step": loaded.step, **result.metrics})
     log.say(as_text(result))
     if "best_possible" in more:

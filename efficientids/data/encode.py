@@ -81,9 +81,9 @@ class SpoolOptions:
 def spool(source: Source, options: SpoolOptions, folder: Path, bad: BadRows, progress: Progress) -> dict[str, Any]:
     """Reads the whole source into `folder`: a raw file for each of `COLUMNS`, ids by code, the tables.
 
-    Returns facts as JSON values: `rows` kept, `read`, `dropped` by min_rating, what is known of the item table
-    (`has_items`, `untitled`: the first items of the log without a title), bad rows. Raises UserError for what the
-    readers refuse, and for `min_rating` where no row has a rating.
+    Returns facts as JSON values: rows `read`, `rows` kept and rows that `min_rating` took, whether there is an item
+    table (`has_items`), `bad_rows` and the reader's `notes`. Raises UserError for what the readers refuse, and for
+    `min_rating` where no row has a rating.
     """
     users, items = IdCodes(), IdCodes()
     kept = read = rated = 0
@@ -110,7 +110,6 @@ def spool(source: Source, options: SpoolOptions, folder: Path, bad: BadRows, pro
         "rows": kept,
         "read": read,
         "min_rating": read - kept,
-        "items_in_log": in_log,
         "has_items": has_items,
         "bad_rows": {"count": bad.count, "first": [_described(row, options.salt) for row in bad.first]},
         "notes": list(source.notes),
@@ -168,7 +167,7 @@ def read_rows(file: Path, dtype: np.dtype, start: int, count: int) -> np.ndarray
     return np.fromfile(file, dtype, count, offset=start * dtype.itemsize)
 
 
-def check_titles(folder: Path, policy: str, has_items: bool, in_log: int) -> np.ndarray | None:
+def check_titles(folder: Path, policy: str, has_items: bool) -> np.ndarray | None:
     """For the policy "drop": which item codes stay (bool); else None.
 
     Raises UserError for "error" where an item of the log has no title, and for both where nothing tells titles.

@@ -98,11 +98,11 @@ def prepare_files(
         facts = encode.spool(source, options, place.folder(_SPOOL), bad, progress)
         facts = place.finish(_SPOOL, facts)
     spooled = place.path / _SPOOL
-    keep_item = encode.check_titles(spooled, recipe.missing_title, facts["has_items"], facts["items_in_log"])
-    if recipe.catalogue == "table" and not facts["has_items"]:
-        raise UserError("--catalogue table: the source has no item table; give --items, or leave it out")
     if facts["rows"] == 0:
         raise _nothing_left(source, facts["read"], {"min_rating": facts["min_rating"]})
+    keep_item = encode.check_titles(spooled, recipe.missing_title, facts["has_items"])
+    if recipe.catalogue == "table" and not facts["has_items"]:
+        raise UserError("--catalogue table: the source has no item table; give --items, or leave it out")
     user_rank, _ = encode.ranks(pl.read_parquet(spooled / encode.USERS)["id"])
     item_rank, item_order = encode.ranks(pl.read_parquet(spooled / encode.ITEMS)["id"])
     _ordered(place, recipe, Ranking(user_rank, item_rank, keep_item), progress)

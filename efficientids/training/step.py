@@ -99,6 +99,9 @@ def _make_step(
         zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
         return jax.lax.scan(add, zeros, (jnp.arange(accumulation), micro))[0]
 
+    # Of the first group, for the log; where there are several, they share the schedule's form.
+    rate = optimizer.learning_rate(phase.groups[0][1], phase.num_steps)
+
     def train_step(
         state: TrainState, frozen: nnx.State, batch: Batch, key: jax.Array
     ) -> tuple[TrainState, dict[str, jax.Array]]:
@@ -115,6 +118,7 @@ def _make_step(
             params.append(optax.apply_updates(p, updates))
             opt_states.append(o)
         metrics = {"loss": loss.total / weight, "targets": loss.items, "grad_norm": norm}
+        metrics["learning_rate"] = rate(state.step)
         metrics |= {name: value / jnp.maximum(w, 1e-9) for name, (value, w) in loss.metrics.items()}
         return TrainState(state.step + 1, tuple(params), tuple(opt_states)), metrics
 

@@ -16,7 +16,6 @@ from efficientids.errors import UserError
 from efficientids.log import RunLog
 from efficientids.recommenders.base import Phase, Recommender
 from efficientids.runs import RunFolder
-from efficientids.training.optimizer import learning_rate
 from efficientids.training.step import Program, TrainState, build_program
 
 Validate = Callable[[nnx.Module], dict[str, float]]
@@ -93,8 +92,6 @@ class _Loop:
     ) -> None:
         self._phase, self._program, self._options = phase, program, options
         self._log, self._validate, self._checkpoints, self._first = log, validate, checkpoints, first_step
-        # Of the first group; where there are several, they share the schedule's form.
-        self._learning_rate = learning_rate(phase.groups[0][1], phase.num_steps)
         self._best, self._best_step = -math.inf, 0
         self.steps_done = 0
 
@@ -136,7 +133,6 @@ class _Loop:
                     f"step {self._first + step}: {name} is {values[name]}, so training stops; earlier checkpoints are "
                     "kept. Try a lower --learning_rate, more --warmup_steps, or --precision float32"
                 )
-        values["learning_rate"] = float(self._learning_rate(step - 1))
         values["input_wait"] = input_wait
         epoch = step / self._phase.steps_per_epoch
         self._log.step(self._phase.name, step, self._phase.num_steps, epoch, values, self._first)

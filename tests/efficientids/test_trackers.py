@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.metadata
 import io
 import json
-import struct
 import subprocess
 import sys
 import types
@@ -14,13 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
-from google.protobuf.unknown_fields import UnknownFieldSet
+from tensorboard.backend.event_processing.event_file_loader import LegacyEventFileLoader
+from tensorboard.summary.writer.record_writer import RecordWriter
 
 from efficientids.errors import UserError
 from efficientids.log import RunLog
 from efficientids.training import trackers
-from efficientids.training.tensorboard import TensorBoard, crc32c, frame
+from efficientids.training.tensorboard import TensorBoard
 from efficientids.training.trackers import Status, Trackers, chosen_trackers
 from tests.conftest import ROOT
 
@@ -174,70 +173,15 @@ def test_one_that_fails_is_named_once_and_the_others_go_on(method: str, tmp_path
     assert broken.calls[-1][0] == method and (method == "finish" or len(broken.calls) < 4)
 
 
-def _field(
-    message: descriptor_pb2.DescriptorProto, name: str, number: int, kind: int, label: int, of: str = ""
-) -> None:
-    message.field.add(name=name, number=number, type=kind, label=label, type_name=of or None)  # type: ignore[arg-type]
-
-
-def event_class() -> Any:
-    """TensorFlow's Event message, built by protobuf from its published field numbers."""
-    kinds = descriptor_pb2.FieldDescriptorProto
-    file = descriptor_pb2.FileDescriptorProto(name="event.proto", package="t", syntax="proto3")
-    event, summary, value = (file.message_type.add(name=name) for name in ("Event", "Summary", "Value"))
-    one, many = kinds.LABEL_OPTIONAL, kinds.LABEL_REPEATED
-    _field(event, "wall_time", 1, kinds.TYPE_DOUBLE, one)
-    _field(event, "step", 2, kinds.TYPE_INT64, one)
-    _field(event, "file_version", 3, kinds.TYPE_STRING, one)
-    _field(event, "summary", 5, kinds.TYPE_MESSAGE, one, ".t.Summary")
-    _field(summary, "value", 1, kinds.TYPE_MESSAGE, many, ".t.Value")
-    _field(value, "tag", 1, kinds.TYPE_STRING, one)
-    _field(value, "simple_value", 2, kinds.TYPE_FLOAT, one)
-    pool = descriptor_pool.DescriptorPool()
-    pool.Add(file)
-    return message_factory.GetMessageClass(pool.FindMessageTypeByName("t.Event"))
-
-
-def crc_by_bits(data: bytes) -> int:
-    """CRC-32C by long division, bit by bit: the polynomial 0x1EDC6F41 with bits and result reversed."""
-    crc = 0xFFFFFFFF
-    for byte in data:
-        crc ^= byte
-        for _ in range(8):
-            crc = (crc >> 1) ^ (0x82F63B78 * (crc & 1))
-    return crc ^ 0xFFFFFFFF
-
-
-def unmasked(value: int) -> int:
-    turned = (value - 0xA282EAD8) % 2**32
-    return ((turned << 15) | (turned >> 17)) % 2**32
-
-
 def read_events(file: Path) -> list[Any]:
-    """Every whole event of a file, with both checksums of each frame checked."""
-    data, events, made = file.read_bytes(), [], event_class()
-    while data:
-        (size,) = struct.unpack("<Q", data[:8])
-        body, rest = data[12 : 12 + size], data[12 + size :]
-        assert unmasked(struct.unpack("<I", data[8:12])[0]) == crc_by_bits(data[:8])
-        assert unmasked(struct.unpack("<I", rest[:4])[0]) == crc_by_bits(body)
-        event = made.FromString(body)
-        assert len(UnknownFieldSet(event)) == 0
-        events.append(event)
-        data = rest[4:]
-    return events
+    """Every whole event of a file; the loader checks both checksums of each."""
+    return list(LegacyEventFileLoader(str(file)).Load())
 
 
 def only_file(run: Path) -> Path:
     (file,) = (run / "tensorboard").iterdir()
     assert "tfevents" in file.name
     return file
-
-
-def test_checksums() -> None:
-    assert crc32c(b"123456789") == crc_by_bits(b"123456789") == 0xE3069283
-    assert crc32c(bytes(range(256))) == crc_by_bits(bytes(range(256))) and crc32c(b"") == 0
-    assert frame(b"abc")[:8] == b"\x03" + bytes(7)
 
 
 def test_tensorboard_reads_what_was_logged(tmp_path: Path) -> None:
@@ -282,11 +226,11 @@ def test_a_full_disk_costs_the_events_and_not_the_run(tmp_path: Path, monkeypatc
     stream = io.StringIO()
     log = RunLog(tmp_path / "metrics.jsonl", 1, stream)
 
-    def full(_: TensorBoard, __: bytes) -> None:
+    def full(*_: Any) -> None:
         raise OSError(28, "No space left on device")
 
     with log.followed_by({"tensorboard": TensorBoard()}, tmp_path, CONFIG):
-        monkeypatch.setattr(TensorBoard, "_append", full)
+        monkeypatch.setattr(RecordWriter, "write", full)
         for step in (1, 2):
             log.step("p", step, 2, 0.0, {"loss": 1.0, "targets": 1.0})
     assert stream.getvalue().count("warning: tensorboard failed (OSError: [Errno 28] No space left on device)") == 1
