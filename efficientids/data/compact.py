@@ -55,7 +55,7 @@ def compact(left: Left, item_ranks: np.ndarray, folder: Path) -> None:
             number[read_rows(left.folder / ITEM, COLUMNS[ITEM], start, count)[keep]].tofile(item_ids)
             times = np.zeros(count, np.int64)
             if has_time:
-                times = read_rows(left.folder / TIME, COLUMNS[TIME], start, count)
+                times = read_rows(left.folder / TIME, COLUMNS[TIME], start, count) // 1000  # ordered by ms, kept in s
             times[keep].tofile(timestamps)
             if has_split:
                 read_rows(left.folder / SPLIT, COLUMNS[SPLIT], start, count)[keep].tofile(split)

@@ -18,8 +18,9 @@ TRAIN, VALIDATION, TEST = 0, 1, 2
 """Values of the column `split` of a source that comes split."""
 
 CHUNK_SCHEMA = {"user_id": pl.String, "item_id": pl.String, "timestamp": pl.Int64, "rating": pl.Float64}
-"""A chunk of interactions. `timestamp`: seconds since 1970, null where the source has none; `rating`: may be null. A
-source that comes split has a column `split` (UInt8: TRAIN, VALIDATION, TEST) beside them."""
+"""A chunk of interactions. `timestamp`: milliseconds since 1970, so that no order within a second is lost (null where
+the source has no times; a data set keeps seconds); `rating`: may be null. A source that comes split has a column
+`split` (UInt8: TRAIN, VALIDATION, TEST) beside them."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -112,12 +112,12 @@ class RowsPart:
     def _values(self) -> list[pl.Expr]:
         of_id = whole_value if self.whole_ids else text_value
         values = [of_id(self.user).cast(pl.String).alias("user_id"), of_id(self.item).cast(pl.String).alias("item_id")]
-        seconds, rating = pl.lit(None, pl.Int64), pl.lit(None, pl.Float64)
+        time, rating = pl.lit(None, pl.Int64), pl.lit(None, pl.Float64)
         if self.time is not None and self.clock is not None:
-            seconds = self.clock.seconds(raw_name(self.time))
+            time = self.clock.milliseconds(raw_name(self.time))
         if self.rating is not None:
             rating = number_value(self.rating)
-        values += [seconds.alias("timestamp"), rating.alias("rating")]
+        values += [time.alias("timestamp"), rating.alias("rating")]
         if self.split_column is not None:
             values.append(split_value(self.split_column).alias("split"))
         elif self.split is not None:

@@ -1,4 +1,4 @@
-"""Times of a log as whole seconds since 1970, UTC."""
+"""Times of a log as whole milliseconds since 1970, UTC."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class Clock:
             if unit is not None:
                 return Clock("number", unit)
         clock = Clock("iso")
-        if len(text.to_frame("time").select(clock.seconds("time").drop_nulls())) * 2 > len(text):
+        if len(text.to_frame("time").select(clock.milliseconds("time").drop_nulls())) * 2 > len(text):
             return clock
         shown = ", ".join(repr(value) for value in text.head(3)) or "nothing"
         raise UserError(
@@ -50,8 +50,8 @@ class Clock:
             "2014-07-23 or 2014-07-23T10:11:12. Name another column with --time_column"
         )
 
-    def seconds(self, column: str) -> pl.Expr:
-        """The String column as Int64 seconds, rounded down; null where it is not of this form and unit."""
+    def milliseconds(self, column: str) -> pl.Expr:
+        """The String column as Int64 milliseconds, rounded down; null where it is not of this form and unit."""
         text = pl.col(column).str.strip_chars()
         if self.form == "number":
             index = [name for name, _, _ in _UNITS].index(self.unit)
@@ -59,23 +59,26 @@ class Clock:
             least = _UNITS[index - 1][2] if index else 0
             # Whole numbers by themselves: a float64 would lose the last digits of ns.
             whole = text.cast(pl.Int64, strict=False)
-            number = pl.coalesce(whole, text.cast(pl.Float64, strict=False).floor().cast(pl.Int64, strict=False))
-            fits = (number.abs() < end if end < 2**63 else pl.lit(True)) & (number.abs() >= least)
-            return pl.when(fits).then(number.floordiv(per_second))
+            number = text.cast(pl.Float64, strict=False)
+            fits = (number.abs() < end) & (number.abs() >= least)
+            exact = whole * (1000 // per_second) if per_second <= 1000 else whole.floordiv(per_second // 1000)
+            rounded = (number * (1000 / per_second)).floor().cast(pl.Int64, strict=False)
+            # `exact` may overflow where it does not fit; it is not taken then.
+            return pl.when(fits).then(pl.coalesce(exact, rounded))
         if self.form == "date":
-            return text.str.to_date("%Y%m%d", strict=False).dt.epoch("s").cast(pl.Int64)
+            return text.str.to_date("%Y%m%d", strict=False).dt.epoch("ms").cast(pl.Int64)
         plain = text.str.replace("T", " ", literal=True).str.replace("Z$", "")
         zone = text.str.replace("T", " ", literal=True).str.replace(r"([+-]\d\d)(\d\d)$", "${1}:${2}")
         forms = [plain.str.to_datetime(form, strict=False, time_unit="us") for form in _ISO[:2]]
         forms.append(plain.str.to_date(_ISO[2], strict=False).cast(pl.Datetime("us")))
         zoned = [zone.str.to_datetime(form, strict=False, time_unit="us", time_zone="UTC") for form in _ISO_ZONE]
         times = pl.coalesce(*forms, *(time.dt.replace_time_zone(None) for time in zoned))
-        return times.dt.epoch("us").floordiv(10**6)
+        return times.dt.epoch("us").floordiv(1000)
 
     def describe(self) -> str:
         """In words, for the report."""
         if self.form == "number":
-            return f"whole numbers of {self.unit} since 1970"
+            return f"numbers of {self.unit} since 1970"
         return "dates as 20140723" if self.form == "date" else "ISO dates, UTC where no zone is given"
 
     def expected(self) -> str:

@@ -41,6 +41,7 @@ class Log:
     def interactions(self, bad: BadRows) -> Iterator[pl.DataFrame]:
         columns = ("user_id", "item_id", "rating", "timestamp")
         table = pl.DataFrame(self.rows, schema={name: CHUNK_SCHEMA[name] for name in columns}, orient="row")
+        table = table.with_columns(pl.col("timestamp") * 1000)
         if self.split is not None:
             table = table.with_columns(pl.Series("split", self.split, dtype=pl.UInt8))
         for line, reason in self.bad:

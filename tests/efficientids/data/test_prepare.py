@@ -10,6 +10,7 @@ import numpy as np
 import polars as pl
 import pytest
 
+from efficientids.data import cli
 from efficientids.data.core_filter import k_core
 from efficientids.data.dataset import Dataset
 from efficientids.data.encode import IdCodes, ordered_ids
@@ -290,3 +291,13 @@ def test_examples_of_leave_one_out(dataset: Dataset) -> None:
     assert dataset.train_lengths.tolist() == dataset.split_lengths("train").tolist()
     with pytest.raises(UserError, match="'train' has no examples"):
         dataset.examples("train")
+
+
+def test_the_order_within_a_second_is_kept(tmp_path: Path) -> None:
+    """Logs in milliseconds: item b came before item a, and both in the same second."""
+    log = tmp_path / "log.csv"
+    log.write_text("user,item,timestamp\nu,a,978300760900\nu,b,978300760100\n")
+    assert cli.main(["--source", "table", "--input", str(log), "--core", "0", "--output", str(tmp_path / "d")]) == 0
+    dataset = Dataset.open(tmp_path / "d")
+    assert [dataset.items["item_id"][int(i) - 1] for i in dataset.item_ids] == ["b", "a"]
+    assert dataset.timestamps.tolist() == [978300760, 978300760]

@@ -13,7 +13,9 @@ from efficientids.data.sources.base import CHUNK_SCHEMA, BadRows, Source
 
 
 class Read:
-    """What a source holds: `rows` of interactions, `items`, `users`, `bad` (in words), and the source itself."""
+    """What a source holds: `rows` of interactions (times in seconds; `frame` has them in ms), `items`, `users`, `bad`
+    (in words), and the source itself.
+    """
 
     def __init__(self, source: Source, max_share: float) -> None:
         bad = BadRows(max_share)
@@ -23,7 +25,7 @@ class Read:
             assert dict(chunk.schema) == expected
         self.source = source
         self.frame = pl.concat(chunks)
-        self.rows = self.frame.rows()
+        self.rows = self.frame.with_columns(pl.col("timestamp") // 1000).rows()
         tables = list(source.items(bad))
         self.items = pl.concat(tables) if tables else None
         self.users = source.users(bad)

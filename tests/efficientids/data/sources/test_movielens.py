@@ -64,7 +64,7 @@ def test_dat_folder_without_users_or_last_newline_and_with_windows_line_ends(dat
     (dat / "ratings.dat").write_bytes(RATINGS.rstrip("\n").replace("\n", "\r\n").encode())
     found = read("movielens", dat)
     assert found.users is None
-    assert found.frame["timestamp"].to_list() == [978300760, 978302109, 978301968]
+    assert [row[2] for row in found.rows] == [978300760, 978302109, 978301968]
 
 
 def test_csv_folder(csv: Path, read: ReadSource) -> None:
