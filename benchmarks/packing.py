@@ -23,10 +23,10 @@ from core.embeddings import Woven, items_only, weave
 from core.models import LlamaEfficientIDSModel
 from core.models.efficientids import EfficientIDSConfig
 from core.packing import PackPlan, pack_histories
-from efficientids.data import templates
 from efficientids.data.batches import Bucket, training_batches
 from efficientids.data.dataset import Dataset
-from efficientids.data.text import title_table
+from efficientids.data.texts import templates
+from efficientids.data.texts.tokens import title_table
 
 BATCHES = 20  # of which the shares are means
 

@@ -23,9 +23,9 @@ import numpy as np
 import polars as pl
 from tokenizers import Tokenizer
 
-from efficientids.data.templates import load
-from efficientids.data.text import title_table
-from efficientids.data.token_cache import VARIABLE
+from efficientids.data.texts.cache import VARIABLE
+from efficientids.data.texts.templates import load
+from efficientids.data.texts.tokens import title_table
 
 CASES = ("titles alone", "tokenizer alone", "cold", "warm")
 

@@ -12,7 +12,7 @@ from efficientids.log import quiet_libraries
 
 # Command → (module, what it does). A module is imported only when its command is asked for.
 COMMANDS = {
-    "prepare": ("efficientids.data.cli", "interaction logs → a data set folder"),
+    "prepare": ("efficientids.data.preparation.cli", "interaction logs → a data set folder"),
     "train": ("efficientids.train", "the same as train_llama.py"),
     "evaluate": ("efficientids.evaluation.cli", "a run's ranking metrics on validation or test"),
     "compare": ("efficientids.evaluation.compare_cli", "runs on the same data: which is better, and is it chance"),

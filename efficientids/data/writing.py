@@ -12,7 +12,7 @@ import numpy as np
 
 from efficientids.data import layout
 from efficientids.data.dataset import Dataset
-from efficientids.data.workplace import workplace
+from efficientids.data.preparation.workplace import workplace
 from efficientids.errors import UserError
 
 Extra = Mapping[str, Mapping[str, np.ndarray]]

@@ -12,10 +12,11 @@ from flax import nnx
 from core import clustering
 from core.clustering import Clusters
 from core.config import LlamaConfig
-from efficientids.data import layout, templates
+from efficientids.data import layout
 from efficientids.data.cooccurrence import cooccurrence_vectors
 from efficientids.data.dataset import Dataset
-from efficientids.data.text import title_table
+from efficientids.data.texts import templates
+from efficientids.data.texts.tokens import title_table
 from efficientids.errors import UserError
 from efficientids.options import TrainConfig
 from efficientids.systems.base import Earlier

@@ -12,9 +12,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from efficientids.data import report_page
 from efficientids.data.generated import generate
-from efficientids.data.report import DataReport
+from efficientids.data.preparation import report_page
+from efficientids.data.preparation.report import DataReport
 from efficientids.pages.figures import Mark, Series, bar_plot, line_plot, thinned
 from efficientids.pages.page import Block, Entry, Facts, Lists, Section, Table, Text, number, page, write
 

@@ -12,7 +12,7 @@ import pytest
 from efficientids.data import layout
 from efficientids.data.dataset import Dataset
 from efficientids.data.layout import Contents
-from efficientids.data.report import DataReport
+from efficientids.data.preparation.report import DataReport
 from efficientids.data.writing import write_dataset
 
 MakeContents = Callable[..., Contents]

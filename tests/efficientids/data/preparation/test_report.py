@@ -9,11 +9,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from efficientids.data.cli import main
-from efficientids.data.measure import length_histogram, popularity_curve
-from efficientids.data.prepare import Recipe
-from efficientids.data.report import DataReport
-from tests.efficientids.data.log import Log, Row, prepared
+from efficientids.data.preparation.cli import main
+from efficientids.data.preparation.measure import length_histogram, popularity_curve
+from efficientids.data.preparation.prepare import Recipe
+from efficientids.data.preparation.report import DataReport
+from tests.efficientids.data.preparation.log import Log, Row, prepared
 
 ROWS: list[Row] = [
     ("1", "1", 5, 10),

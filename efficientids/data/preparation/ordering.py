@@ -12,9 +12,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from efficientids.data import encode
-from efficientids.data.encode import COLUMNS, ITEM, SPLIT, TIME, USER
-from efficientids.data.progress import Progress
+from efficientids.data.preparation import encode
+from efficientids.data.preparation.encode import COLUMNS, ITEM, SPLIT, TIME, USER
+from efficientids.data.preparation.progress import Progress
 
 _ROWS = 1 << 21  # rows held at a time: of the file, and about so many of a bucket
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from efficientids.data.download import ARCHIVES, Archive, download
+from efficientids.data.preparation.download import ARCHIVES, Archive, download
 from efficientids.errors import UserError
 
 

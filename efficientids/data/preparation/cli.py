@@ -10,16 +10,17 @@ from typing import Annotated, Literal
 
 import tyro
 
-from efficientids.data import generated, layout, request
-from efficientids.data.download import download as fetch
-from efficientids.data.prepare import Catalogue, MissingTitle, Order, Recipe, Repeats, prepare_files
-from efficientids.data.progress import Progress
-from efficientids.data.report import DataReport
+from efficientids.data import generated, layout
+from efficientids.data.preparation import request
+from efficientids.data.preparation.download import download as fetch
+from efficientids.data.preparation.prepare import Catalogue, MissingTitle, Order, Recipe, Repeats, prepare_files
+from efficientids.data.preparation.progress import Progress
+from efficientids.data.preparation.report import DataReport
+from efficientids.data.preparation.splits import TimeSplit, parse_time
+from efficientids.data.preparation.users import salt_from_environment
+from efficientids.data.preparation.workplace import recover, workplace
 from efficientids.data.sources import SourceOptions, open_source
 from efficientids.data.sources.base import MAX_BAD_SHARE, BadRows, Source
-from efficientids.data.splits import TimeSplit, parse_time
-from efficientids.data.users import salt_from_environment
-from efficientids.data.workplace import recover, workplace
 from efficientids.data.writing import check_destination
 from efficientids.errors import UserError
 

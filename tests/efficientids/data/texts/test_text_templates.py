@@ -7,7 +7,7 @@ from pathlib import Path
 import polars as pl
 import pytest
 
-from efficientids.data import templates
+from efficientids.data.texts import templates
 from efficientids.errors import UserError
 
 ITEMS = pl.DataFrame(

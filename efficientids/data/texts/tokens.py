@@ -13,8 +13,8 @@ import numpy as np
 import polars as pl
 from tokenizers import Tokenizer
 
-from efficientids.data.templates import Template
-from efficientids.data.token_cache import tokenised
+from efficientids.data.texts.cache import tokenised
+from efficientids.data.texts.templates import Template
 from efficientids.errors import UserError
 
 # Items at a time: their texts are never all in memory.

@@ -11,25 +11,25 @@ from pathlib import Path
 
 import pytest
 
-from efficientids.data import encode
-from efficientids.data.cli import main
-from efficientids.data.core_filter import k_core
 from efficientids.data.dataset import Dataset
-from efficientids.data.prepare import Recipe, prepare_files
-from efficientids.data.progress import Progress
+from efficientids.data.preparation import encode
+from efficientids.data.preparation.cli import main
+from efficientids.data.preparation.core_filter import k_core
+from efficientids.data.preparation.prepare import Recipe, prepare_files
+from efficientids.data.preparation.progress import Progress
+from efficientids.data.preparation.workplace import workplace
 from efficientids.data.sources.base import BadRows
-from efficientids.data.workplace import workplace
 from efficientids.errors import UserError
 from tests.conftest import ROOT
-from tests.efficientids.data.log import Log, Row
+from tests.efficientids.data.preparation.log import Log, Row
 
 pytestmark = pytest.mark.usefixtures("no_page")
 
 # Dies at the n-th time that it touches a file of the output or of its work folder; n = 0 counts the times instead.
 KILLED = """
 import os, signal, sys
-from efficientids.data.cli import main
-from efficientids.data.report import DataReport
+from efficientids.data.preparation.cli import main
+from efficientids.data.preparation.report import DataReport
 DataReport.files = lambda report: {"report.json": report.to_json() + "\\n"}  # as the fixture no_page
 output, n, touched = sys.argv[1], int(sys.argv[2]), 0
 
@@ -123,7 +123,7 @@ def test_an_interrupted_run_is_taken_up(tmp_path: Path, monkeypatch: pytest.Monk
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("efficientids.data.prepare.k_core", interrupted)
+        patch.setattr("efficientids.data.preparation.prepare.k_core", interrupted)
         with pytest.raises(KeyboardInterrupt):
             run()
     assert os.listdir(tmp_path) == [".out.work-key"]
@@ -136,8 +136,8 @@ def test_an_interrupted_run_is_taken_up(tmp_path: Path, monkeypatch: pytest.Monk
 
     with monkeypatch.context() as patch:
         patch.setattr(encode, "spool", interrupted)
-        patch.setattr("efficientids.data.prepare.order_rows", interrupted)
-        patch.setattr("efficientids.data.prepare.k_core", counted)
+        patch.setattr("efficientids.data.preparation.prepare.order_rows", interrupted)
+        patch.setattr("efficientids.data.preparation.prepare.k_core", counted)
         run()
     assert rounds == [1]
     taken_up = _fingerprint(output)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from efficientids.data.report import DataReport
+from efficientids.data.preparation.report import DataReport
 from efficientids.pages.figures import Series, bar_plot, line_plot
 from efficientids.pages.page import Cell, Facts, Plot, Section, Table, Text, page
 

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 
 from efficientids.__main__ import run
-from efficientids.data import cli
-from efficientids.data.cli import main
 from efficientids.data.dataset import Dataset
-from efficientids.data.download import Archive
+from efficientids.data.preparation import cli
+from efficientids.data.preparation.cli import main
+from efficientids.data.preparation.download import Archive
 from efficientids.data.process import has_oracle
 from efficientids.errors import UserError
 
@@ -97,7 +97,7 @@ def test_json_alone_on_standard_output(movielens: Path, tmp_path: Path, capfd: p
 def test_progress_on_standard_error(
     table: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("efficientids.data.progress._SECONDS", 0.0)
+    monkeypatch.setattr("efficientids.data.preparation.progress._SECONDS", 0.0)
     _run("--source", "table", "--input", str(table), "--output", str(tmp_path / "out"), "--core", "0")
     assert "12 rows read" in capsys.readouterr().err
 

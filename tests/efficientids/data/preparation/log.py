@@ -9,10 +9,10 @@ from pathlib import Path
 import polars as pl
 
 from efficientids.data.dataset import Dataset
-from efficientids.data.prepare import Recipe, prepare_files
-from efficientids.data.progress import Progress
+from efficientids.data.preparation.prepare import Recipe, prepare_files
+from efficientids.data.preparation.progress import Progress
+from efficientids.data.preparation.workplace import workplace
 from efficientids.data.sources.base import CHUNK_SCHEMA, BadRows
-from efficientids.data.workplace import workplace
 
 Row = tuple[str, str, float | None, int | None]  # user, item, rating, timestamp
 

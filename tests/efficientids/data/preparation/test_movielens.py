@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from efficientids.data.cli import PrepareConfig, prepare
 from efficientids.data.dataset import Dataset
+from efficientids.data.preparation.cli import PrepareConfig, prepare
 
 
 def test_order_is_lrurecs_for_all_users(real_data: Path, tmp_path: Path) -> None:

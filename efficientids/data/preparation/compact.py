@@ -10,7 +10,17 @@ import numpy as np
 import polars as pl
 
 from efficientids.data import layout
-from efficientids.data.encode import COLUMNS, ITEM, ITEM_TABLE, ITEMS, SPLIT, TIME, USER_TABLE, USERS, read_rows
+from efficientids.data.preparation.encode import (
+    COLUMNS,
+    ITEM,
+    ITEM_TABLE,
+    ITEMS,
+    SPLIT,
+    TIME,
+    USER_TABLE,
+    USERS,
+    read_rows,
+)
 
 
 class Left(NamedTuple):

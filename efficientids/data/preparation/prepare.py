@@ -23,17 +23,18 @@ from typing import Any, Literal
 import numpy as np
 import polars as pl
 
-from efficientids.data import encode, layout, splits
-from efficientids.data.compact import Left, compact, item_table, user_table
-from efficientids.data.core_filter import k_core
+from efficientids.data import layout
 from efficientids.data.layout import Contents
 from efficientids.data.manifest import map_array
-from efficientids.data.ordering import Ranking, order_rows
-from efficientids.data.progress import Progress
-from efficientids.data.report import DataReport
+from efficientids.data.preparation import encode, splits
+from efficientids.data.preparation.compact import Left, compact, item_table, user_table
+from efficientids.data.preparation.core_filter import k_core
+from efficientids.data.preparation.ordering import Ranking, order_rows
+from efficientids.data.preparation.progress import Progress
+from efficientids.data.preparation.report import DataReport
+from efficientids.data.preparation.splits import TimeSplit
+from efficientids.data.preparation.workplace import Workplace
 from efficientids.data.sources.base import BadRows, Source
-from efficientids.data.splits import TimeSplit
-from efficientids.data.workplace import Workplace
 from efficientids.data.writing import fill
 from efficientids.errors import UserError
 

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import numpy as np
 
-from efficientids.data.encode import COLUMNS, ITEM, read_rows
 from efficientids.data.layout import user_blocks
-from efficientids.data.progress import Progress
+from efficientids.data.preparation.encode import COLUMNS, ITEM, read_rows
+from efficientids.data.preparation.progress import Progress
 
 
 def k_core(

@@ -10,15 +10,15 @@ import numpy as np
 import polars as pl
 import pytest
 
-from efficientids.data import cli
-from efficientids.data.core_filter import k_core
 from efficientids.data.dataset import Dataset
-from efficientids.data.encode import IdCodes, ordered_ids
-from efficientids.data.prepare import Recipe
-from efficientids.data.progress import Progress
-from efficientids.data.splits import TimeSplit, parse_time
+from efficientids.data.preparation import cli
+from efficientids.data.preparation.core_filter import k_core
+from efficientids.data.preparation.encode import IdCodes, ordered_ids
+from efficientids.data.preparation.prepare import Recipe
+from efficientids.data.preparation.progress import Progress
+from efficientids.data.preparation.splits import TimeSplit, parse_time
 from efficientids.errors import UserError
-from tests.efficientids.data.log import Log, Row, external, prepared
+from tests.efficientids.data.preparation.log import Log, Row, external, prepared
 
 pytestmark = pytest.mark.usefixtures("no_page")
 
@@ -249,7 +249,7 @@ def test_the_size_of_chunks_and_blocks_leaves_no_trace(tmp_path: Path, monkeypat
     recipe = Recipe(core=3, min_rating=2.0, repeats="drop_immediate", split="time")
     manifests = []
     for chunk, block in ((1000, 1 << 21), (7, 50), (64, 13)):
-        monkeypatch.setattr("efficientids.data.ordering._ROWS", block)
+        monkeypatch.setattr("efficientids.data.preparation.ordering._ROWS", block)
         monkeypatch.setattr("efficientids.data.layout.user_blocks.__defaults__", (block,))
         log = Log(rows, titles={f"i{i}": f"Title {i}" for i in range(40)}, chunk=chunk)
         manifests.append((prepared(tmp_path, log, recipe, f"{chunk}").path / "manifest.json").read_bytes())

@@ -13,9 +13,9 @@ from typing import Any
 from efficientids.data import layout
 from efficientids.data.dataset import Dataset
 from efficientids.data.manifest import read_manifest
-from efficientids.data.prepare import Recipe
-from efficientids.data.progress import Progress
-from efficientids.data.report import DataReport
+from efficientids.data.preparation.prepare import Recipe
+from efficientids.data.preparation.progress import Progress
+from efficientids.data.preparation.report import DataReport
 from efficientids.data.sources.base import Source
 from efficientids.data.sources.options import SourceOptions
 from efficientids.errors import UserError

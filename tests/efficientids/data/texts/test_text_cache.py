@@ -15,9 +15,9 @@ import polars as pl
 import pytest
 import tokenizers
 
-from efficientids.data import token_cache
-from efficientids.data.templates import parse
-from efficientids.data.text import title_table
+from efficientids.data.texts import cache as token_cache
+from efficientids.data.texts.templates import parse
+from efficientids.data.texts.tokens import title_table
 from efficientids.errors import UserError
 
 TITLES = ["the red hat", "a hat", None, "", "hat red the a hat the", "red"]
@@ -79,7 +79,7 @@ def test_tokenised_once_whatever_the_length_kept(
 
 def test_the_table_is_what_the_tokenizer_makes_of_each_text(tokenizer: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Over the borders of chunks, of the table's and of the tokenizer's."""
-    monkeypatch.setattr("efficientids.data.text._CHUNK", 7)
+    monkeypatch.setattr("efficientids.data.texts.tokens._CHUNK", 7)
     monkeypatch.setattr(token_cache, "_CHUNK", 3)
     rng = np.random.default_rng(0)
     titles: list[str | None] = [" ".join(rng.choice(list(WORDS)[2:], rng.integers(0, 6))) for _ in range(50)]
@@ -177,7 +177,7 @@ def test_a_token_beyond_the_llamas_vocabulary_is_refused(tokenizer: Path) -> Non
 CHILD = f"""
 import pathlib, sys, time
 import polars as pl
-from efficientids.data import templates, text, token_cache
+from efficientids.data.texts import templates, tokens as text, cache as token_cache
 here, at = pathlib.Path(sys.argv[1]), sys.argv[2]
 def wait_in(module, name):
     plain = getattr(module, name)

@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from efficientids.data.cli import main
 from efficientids.data.dataset import Dataset
+from efficientids.data.preparation.cli import main
 
 pytestmark = pytest.mark.usefixtures("no_page")
 

@@ -32,7 +32,7 @@ import polars as pl
 import tokenizers
 
 from efficientids.data import layout
-from efficientids.data.progress import Progress
+from efficientids.data.preparation.progress import Progress
 
 VARIABLE = "EFFICIENTIDS_CACHE"
 FORMAT_VERSION = 1

@@ -15,9 +15,9 @@ from typing import Any
 import numpy as np
 import polars as pl
 
-from efficientids.data.progress import Progress
+from efficientids.data.preparation.progress import Progress
+from efficientids.data.preparation.users import hash_ids
 from efficientids.data.sources.base import BadRow, BadRows, Source
-from efficientids.data.users import hash_ids
 from efficientids.errors import UserError
 
 USER, ITEM, TIME, SPLIT = "user", "item", "time", "split"

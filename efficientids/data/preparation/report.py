@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from efficientids.data import measure, splits
 from efficientids.data.layout import LEAVE_ONE_OUT, MIN_HELD_OUT, PAGE, REPORT, Contents, without_target
+from efficientids.data.preparation import measure, splits
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,7 +117,7 @@ class DataReport:
 
     def files(self) -> dict[str, str]:
         """File name → text of what stands beside a data set: JSON and a page for the browser."""
-        from efficientids.data.report_page import to_html  # it loads a plotting library
+        from efficientids.data.preparation.report_page import to_html  # it loads a plotting library
 
         return {REPORT: self.to_json() + "\n", PAGE: to_html(self)}
 
