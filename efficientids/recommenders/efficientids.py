@@ -23,7 +23,7 @@ from core.layers import Init
 from core.llama import Compute
 from core.models.efficientids import EfficientIDSConfig, LlamaEfficientIDSModel
 from efficientids.recommenders.base import Batch, Histories, LossSum, Phase, Ranked, Training, in_llama
-from efficientids.recommenders.shapes import request
+from efficientids.recommenders.shapes import ranked
 
 
 @dataclasses.dataclass(frozen=True)
@@ -150,11 +150,9 @@ class EfficientIDS:
         Raises:
             ValueError: ids outside 0 … N.
         """
-        graphdef, state = nnx.split(model)
-        asked = request(histories, exclude, k, self.max_items, self.spec.model.num_items)
-        ids, scores = self._top_k(graphdef, state, asked.item_ids, asked.lengths, asked.exclude, k=asked.k)
-        rows = len(histories.lengths)
-        return Ranked(np.asarray(ids)[:rows, :k], np.asarray(scores)[:rows, :k])
+        return ranked(
+            self._top_k, model, histories, k, exclude, max_items=self.max_items, num_items=self.spec.model.num_items
+        )
 
     def sequence(
         self, model: TitledModel, item_ids_BH: jax.Array, lengths_B: jax.Array, segments_BH: jax.Array | None = None
@@ -173,8 +171,7 @@ class EfficientIDS:
     ) -> tuple[jax.Array, jax.Array]:
         model = nnx.merge(graphdef, state)
         hidden_BD = model.last_hidden(self.sequence(model, ids, lengths))
-        scores_Bk, items_Bk = self.rank(model, hidden_BD, exclude, k)
-        return items_Bk, scores_Bk
+        return self.rank(model, hidden_BD, exclude, k)
 
     def rank(self, model: TitledModel, hidden_BD: jax.Array, exclude_BX: jax.Array, k: int) -> tuple[Any, Any]:
         """(scores [B, k], items [B, k]) for hidden states: the exact order; ablations put another in its place."""

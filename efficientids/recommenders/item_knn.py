@@ -32,7 +32,7 @@ from core.functional import Buffer
 from core.softmax import top_k_of
 from efficientids.recommenders.base import Histories, Phase, Ranked
 from efficientids.recommenders.popularity import item_counts, popularity_scores
-from efficientids.recommenders.shapes import request
+from efficientids.recommenders.shapes import ranked
 
 _CHUNK_ELEMENTS = 1 << 25
 """Scores and neighbours' weights held at a time when ranking: 128 MB of each."""
@@ -227,11 +227,7 @@ class ItemKNN:
         Raises:
             ValueError: ids outside 0 … N.
         """
-        graphdef, state = nnx.split(model)
-        asked = request(histories, exclude, k, self.max_items, self.spec.num_items)
-        ids, scores = _top_k(graphdef, state, asked.item_ids, asked.lengths, asked.exclude, k=asked.k)
-        rows = len(histories.lengths)
-        return Ranked(np.asarray(ids)[:rows, :k], np.asarray(scores)[:rows, :k])
+        return ranked(_top_k, model, histories, k, exclude, max_items=self.max_items, num_items=self.spec.num_items)
 
 
 @functools.partial(jax.jit, static_argnums=0, static_argnames="k")
@@ -241,5 +237,4 @@ def _top_k(
     model = nnx.merge(graphdef, state)
     size, neighbours = model.ids_NM.shape
     chunk = max(1, _CHUNK_ELEMENTS // max(size, ids_BH.shape[1] * neighbours))
-    scores, items = top_k_of(model.score, newest_first(ids_BH, lengths_B), k, exclude_BX, chunk_size=chunk)
-    return items, scores
+    return top_k_of(model.score, newest_first(ids_BH, lengths_B), k, exclude_BX, chunk_size=chunk)

@@ -18,7 +18,7 @@ from flax import nnx
 from core.functional import Buffer
 from core.softmax import top_k_of
 from efficientids.recommenders.base import Histories, Phase, Ranked
-from efficientids.recommenders.shapes import request
+from efficientids.recommenders.shapes import ranked
 
 _CHUNK_ELEMENTS = 1 << 25
 """Scores held at a time: 128 MB."""
@@ -105,18 +105,13 @@ class Popularity:
         Raises:
             ValueError: ids outside 0 … N.
         """
-        graphdef, state = nnx.split(model)
-        asked = request(histories, exclude, k, self.max_items, self.spec.num_items)
-        ids, scores = _top_k(graphdef, state, asked.item_ids, asked.exclude, k=asked.k)
-        rows = len(histories.lengths)
-        return Ranked(np.asarray(ids)[:rows, :k], np.asarray(scores)[:rows, :k])
+        return ranked(_top_k, model, histories, k, exclude, max_items=self.max_items, num_items=self.spec.num_items)
 
 
 @functools.partial(jax.jit, static_argnums=0, static_argnames="k")
-def _top_k(graphdef: Any, state: nnx.State, ids_BH: jax.Array, exclude_BX: jax.Array, *, k: int) -> Any:
+def _top_k(
+    graphdef: Any, state: nnx.State, ids_BH: jax.Array, lengths_B: jax.Array, exclude_BX: jax.Array, *, k: int
+) -> tuple[jax.Array, jax.Array]:
     model = nnx.merge(graphdef, state)
-    width = model.scores_N1.shape[0]
-    scores, items = top_k_of(
-        lambda h: model(h, h[:, 0]), ids_BH, k, exclude_BX, chunk_size=max(1, _CHUNK_ELEMENTS // width)
-    )
-    return items, scores
+    chunk = max(1, _CHUNK_ELEMENTS // model.scores_N1.shape[0])
+    return top_k_of(lambda h: model(h, h[:, 0]), ids_BH, k, exclude_BX, chunk_size=chunk)

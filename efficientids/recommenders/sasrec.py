@@ -16,7 +16,7 @@ from flax import nnx
 
 from core.models.sasrec import SASRec, SASRecConfig
 from efficientids.recommenders.base import Batch, Histories, LossSum, Phase, Ranked, Training
-from efficientids.recommenders.shapes import request
+from efficientids.recommenders.shapes import ranked
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,11 +67,9 @@ class SASRecRecommender:
         Raises:
             ValueError: ids outside 0 … N.
         """
-        graphdef, state = nnx.split(model)
-        asked = request(histories, exclude, k, self.max_items, self.spec.model.num_items)
-        scores, ids = self._top_k(graphdef, state, asked.item_ids, asked.lengths, asked.exclude, k=asked.k)
-        rows = len(histories.lengths)
-        return Ranked(np.asarray(ids)[:rows, :k], np.asarray(scores)[:rows, :k])
+        return ranked(
+            self._top_k, model, histories, k, exclude, max_items=self.max_items, num_items=self.spec.model.num_items
+        )
 
     @functools.partial(jax.jit, static_argnums=(0, 1), static_argnames="k")
     def _top_k(

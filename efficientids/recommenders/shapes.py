@@ -5,11 +5,14 @@ Legend: B rows, H history items, X exclusions.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
+import jax
 import numpy as np
+from flax import nnx
 
-from efficientids.recommenders.base import Histories
+from efficientids.recommenders.base import Histories, Ranked
 
 
 class Request(NamedTuple):
@@ -37,6 +40,31 @@ def request(histories: Histories, exclude: np.ndarray | None, k: int, max_items:
     exclude_BX = np.zeros((len(lengths_B), 1), np.int32) if exclude is None else exclude
     padded_k = max(min(power_of_two(k), num_items), k)
     return Request(pad_rows(ids_BH), pad_rows(lengths_B), _pad_columns(pad_rows(exclude_BX)), padded_k)
+
+
+def ranked(
+    program: Callable[..., tuple[jax.Array, jax.Array]],
+    model: nnx.Module,
+    histories: Histories,
+    k: int,
+    exclude: np.ndarray | None,
+    *,
+    max_items: int,
+    num_items: int,
+) -> Ranked:
+    """What `Recommender.recommend` returns, by a compiled program.
+
+    Args:
+        program: (graphdef, state, item_ids [B, H], lengths [B], exclude [B, X], k) → (scores [B, k], items [B, k]).
+
+    Raises:
+        ValueError: ids outside 0 … num_items.
+    """
+    graphdef, state = nnx.split(model)
+    asked = request(histories, exclude, k, max_items, num_items)
+    scores, items = program(graphdef, state, asked.item_ids, asked.lengths, asked.exclude, k=asked.k)
+    rows = len(histories.lengths)
+    return Ranked(np.asarray(items)[:rows, :k], np.asarray(scores)[:rows, :k])
 
 
 def newest(histories: Histories, items: int) -> tuple[np.ndarray, np.ndarray]:
