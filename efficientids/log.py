@@ -18,7 +18,7 @@ from typing import Any, TextIO
 
 import absl.logging
 
-from efficientids.training.trackers import Status, Tracker, Trackers
+from efficientids.tracking.trackers import Status, Tracker, Trackers
 
 _LIBRARIES = ("jax", "flax", "orbax", "grain", "tensorstore", "huggingface_hub", "httpx", "asyncio", "matplotlib")
 # Of a step's metrics, what is shown elsewhere on its line than in the middle.

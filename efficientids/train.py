@@ -28,8 +28,8 @@ from efficientids.planning.memory import estimate
 from efficientids.recommenders.base import Recommender, in_llama
 from efficientids.runs import RunFolder
 from efficientids.systems.base import Scale, System, describe, refuse_unread
-from efficientids.training.tensorboard import TensorBoard
-from efficientids.training.trackers import Tracker, chosen_trackers
+from efficientids.tracking.tensorboard import TensorBoard
+from efficientids.tracking.trackers import Tracker, chosen_trackers
 from efficientids.training.trainer import TrainerOptions, Validate, train
 
 

@@ -21,7 +21,7 @@ from efficientids.pages.curves import Metrics, curves, read_metrics
 from efficientids.pages.page import Block, Cell, Entry, Facts, Lists, Section, Text, number
 from efficientids.pages.samples import read_samples
 from efficientids.runs import RunFolder
-from efficientids.training.trackers import Status
+from efficientids.tracking.trackers import Status
 
 FILE = "report.html"
 _DATA_FACTS = {
@@ -54,7 +54,7 @@ def main(arguments: Sequence[str]) -> int:
 
 
 class ReportPage:
-    """Follows a run (`training.trackers.Tracker`) and keeps its report up to date."""
+    """Follows a run (`tracking.trackers.Tracker`) and keeps its report up to date."""
 
     def __init__(self) -> None:
         self._run: RunFolder | None = None

@@ -15,7 +15,7 @@ import pytest
 
 from efficientids import log as log_module
 from efficientids.log import RunLog, duration, printable, quiet_libraries
-from efficientids.training.trackers import Status
+from efficientids.tracking.trackers import Status
 
 METRICS = {"grad_norm": 2.0, "text_loss": 1.5, "input_wait": 0.25, "learning_rate": 5e-4, "loss": 3.0}
 

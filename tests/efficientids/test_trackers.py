@@ -18,9 +18,9 @@ from tensorboard.summary.writer.record_writer import RecordWriter
 
 from efficientids.errors import UserError
 from efficientids.log import RunLog
-from efficientids.training import trackers
-from efficientids.training.tensorboard import TensorBoard
-from efficientids.training.trackers import Status, Trackers, chosen_trackers
+from efficientids.tracking import trackers
+from efficientids.tracking.tensorboard import TensorBoard
+from efficientids.tracking.trackers import Status, Trackers, chosen_trackers
 from tests.conftest import ROOT
 
 CONFIG = {"learning_rate": 0.1, "data_dir": None, "trackers": "x"}
@@ -93,7 +93,7 @@ def test_a_missing_package_says_what_to_install(name: str, monkeypatch: pytest.M
 
 
 def test_nothing_is_imported_unless_asked_for() -> None:
-    code = "import sys, efficientids.training.trackers; print({'wandb', 'mlflow', 'jax'} & set(sys.modules))"
+    code = "import sys, efficientids.tracking.trackers; print({'wandb', 'mlflow', 'jax'} & set(sys.modules))"
     environment = {"PYTHONPATH": str(ROOT), "PATH": ""}
     program = "import sys; sys.modules['core'] = type(sys)('core'); " + code  # `core` imports jax
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment, timeout=60)
@@ -203,7 +203,7 @@ def test_a_killed_run_leaves_its_events_and_metrics(tmp_path: Path) -> None:
     program = (
         "import os, sys, pathlib\n"
         "from efficientids.log import RunLog\n"
-        "from efficientids.training.tensorboard import TensorBoard\n"
+        "from efficientids.tracking.tensorboard import TensorBoard\n"
         "run = pathlib.Path(sys.argv[1])\n"
         "log = RunLog(run / 'metrics.jsonl', 1)\n"
         "with log.followed_by({'tensorboard': TensorBoard()}, run, {}):\n"

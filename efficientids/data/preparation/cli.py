@@ -128,7 +128,9 @@ def _generated(config: PrepareConfig) -> tuple[DataReport, bool]:
     data = generated.generate(seed)
     data = dataclasses.replace(data, contents=dataclasses.replace(data.contents, request=asked))
     report = DataReport.of(data.contents)
-    data.write(config.output, beside=report.files(), overwrite=config.overwrite)
+    from efficientids.data.preparation import report_page  # it loads a plotting library
+
+    data.write(config.output, beside=report_page.files(report), overwrite=config.overwrite)
     return report, True
 
 

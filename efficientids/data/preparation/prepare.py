@@ -132,7 +132,9 @@ def prepare_files(
     )
     contents = _split(contents, recipe, left)
     report = DataReport.of(contents, dropped, facts["bad_rows"], facts["notes"])
-    fill(folder, contents, beside=report.files())
+    from efficientids.data.preparation import report_page  # it loads a plotting library
+
+    fill(folder, contents, beside=report_page.files(report))
     return folder
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from efficientids.data.layout import LEAVE_ONE_OUT, MIN_HELD_OUT, PAGE, REPORT, Contents, without_target
+from efficientids.data.layout import LEAVE_ONE_OUT, MIN_HELD_OUT, Contents, without_target
 from efficientids.data.preparation import measure, splits
 
 
@@ -114,12 +114,6 @@ class DataReport:
             "num_interactions": self.interactions,
         }
         return json.dumps({**dataclasses.asdict(self), **counts}, indent=2, ensure_ascii=False)
-
-    def files(self) -> dict[str, str]:
-        """File name → text of what stands beside a data set: JSON and a page for the browser."""
-        from efficientids.data.preparation.report_page import to_html  # it loads a plotting library
-
-        return {REPORT: self.to_json() + "\n", PAGE: to_html(self)}
 
     def to_text(self) -> str:
         """The same for people: one line a fact."""

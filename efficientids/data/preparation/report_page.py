@@ -5,9 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from efficientids.data.layout import PAGE, REPORT
 from efficientids.data.preparation.report import DataReport
 from efficientids.pages.figures import Series, bar_plot, line_plot
 from efficientids.pages.page import Cell, Facts, Plot, Section, Table, Text, page
+
+
+def files(report: DataReport) -> dict[str, str]:
+    """File name → text of what stands beside a data set: JSON, and a page for the browser."""
+    return {REPORT: report.to_json() + "\n", PAGE: to_html(report)}
 
 
 def to_html(report: DataReport) -> str:

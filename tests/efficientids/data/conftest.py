@@ -12,7 +12,7 @@ import pytest
 from efficientids.data import layout
 from efficientids.data.dataset import Dataset
 from efficientids.data.layout import Contents
-from efficientids.data.preparation.report import DataReport
+from efficientids.data.preparation import report_page
 from efficientids.data.writing import write_dataset
 
 MakeContents = Callable[..., Contents]
@@ -21,7 +21,7 @@ MakeContents = Callable[..., Contents]
 @pytest.fixture
 def no_page(monkeypatch: pytest.MonkeyPatch) -> None:
     """Leaves the page with plots out, which takes longer than everything else that `prepare` does to a small log."""
-    monkeypatch.setattr(DataReport, "files", lambda report: {layout.REPORT: report.to_json() + "\n"})
+    monkeypatch.setattr(report_page, "files", lambda report: {layout.REPORT: report.to_json() + "\n"})
 
 
 @pytest.fixture(scope="session")

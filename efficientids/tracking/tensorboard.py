@@ -11,7 +11,7 @@ from tensorboard.compat.proto.event_pb2 import Event
 from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
-from efficientids.training.trackers import Status
+from efficientids.tracking.trackers import Status
 
 FOLDER = "tensorboard"
 
