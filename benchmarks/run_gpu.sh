@@ -12,6 +12,10 @@ timeout 180 python -m pytest -q tests/core/test_hf_parity.py tests/core/test_hie
 # From how many items on the two-level head is cheaper: what --head auto decides by.
 timeout 180 python benchmarks/softmax.py --positions 4096 --width 384 --items 3416 30000 100000 300000 --json "$out/softmax.json"
 
+# Whether the host's batches keep up with a step that takes milliseconds.
+rm -rf "$out/data" && python -m efficientids prepare --source generated --output "$out/data"
+timeout 120 python benchmarks/batches.py --recommender sasrec --data_dir "$out/data" 2>&1 | tee "$out/batches.log"
+
 # Items a second of a 1b-shaped frozen Llama: metrics.jsonl holds them.
 rm -rf "$out/run-1b"
 timeout 200 python train_llama.py --llama_size 1b --random_weights --freeze_llama --num_steps 60 --batch_size 16 \
