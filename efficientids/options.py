@@ -65,7 +65,7 @@ class TrainingOptions:
     """Passes over the users. Default: 10, with no --num_steps."""
     batch_size: int | None = None
     """Users with full-length histories in flight at a time, on all devices together; of shorter ones there are more.
-    Default: 64 below a width of 1,024, else 8."""
+    Default: 32 below a width of 1,024, else 8."""
     batch_size_per_device: int | None = None
     """The same, counted on one device. Exclusive with --batch_size."""
     length_buckets: int = 4

@@ -85,7 +85,7 @@ class EfficientIDSSystem:
         )
         return base.resolve_training(
             config, scale, max_items=max_items,
-            batch_size=64 if small else 8,
+            batch_size=32 if small else 8,
             learning_rate=1e-3 if from_scratch else 5e-4 if config.freeze_llama else 5e-5,
             max_warmup=100 if config.freeze_llama else 500,
         )  # fmt: skip

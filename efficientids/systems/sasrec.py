@@ -36,7 +36,7 @@ class SASRecSystem:
             precision="float32",
         )
         return base.resolve_training(
-            config, scale, batch_size=64, learning_rate=1e-3, max_warmup=500, max_items=config.seq_len
+            config, scale, batch_size=32, learning_rate=1e-3, max_warmup=500, max_items=config.seq_len
         )
 
     def headline(self, config: TrainConfig) -> str:

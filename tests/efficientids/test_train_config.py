@@ -178,7 +178,7 @@ def test_what_the_rest_decides() -> None:
     tuned = resolved("--llama_size 1b --num_steps 10000")
     assert (tuned.warmup_steps, tuned.learning_rate, tuned.gradient_checkpointing) == (500, 5e-5, "full")
     scratch = resolved("--num_steps 100")
-    assert (scratch.batch_size, scratch.warmup_steps, scratch.learning_rate, scratch.dropout) == (64, 10, 1e-3, 0.2)
+    assert (scratch.batch_size, scratch.warmup_steps, scratch.learning_rate, scratch.dropout) == (32, 10, 1e-3, 0.2)
     assert (scratch.head, scratch.item_dim, scratch.max_seq_len, scratch.num_clusters) == ("full", 64, 64, None)
     assert resolved("--llama_size 1b").item_dim == 384
     assert resolved("", Scale(num_items=100_000)).num_clusters == 317  # ⌈√N⌉
