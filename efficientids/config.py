@@ -21,24 +21,28 @@ import tyro
 import yaml
 
 from efficientids.errors import UserError
-from efficientids.options import EFFICIENTIDS_FLAGS, ITEM_KNN_FLAGS, LLAMA_FLAGS, SASREC_FLAGS, TrainConfig
+from efficientids.options import READS, TrainConfig
 
 
-def _listed(flags: frozenset[str]) -> str:
-    return ", ".join(f"--{field.name}" for field in dataclasses.fields(TrainConfig) if field.name in flags)
+def _table() -> str:
+    """Which flags not every recommender reads, in words."""
+    names = [field.name for field in dataclasses.fields(TrainConfig)]
+    everywhere = frozenset.intersection(*READS.values())
+    lines = []
+    for recommender, reads in READS.items():
+        listed = ", ".join(f"--{name}" for name in names if name in reads - everywhere)
+        lines.append(f"{recommender}: {listed or 'none of them'}")
+    return "\n\n".join(lines)
 
 
 _DESCRIPTION = f"""{TrainConfig.__doc__}
 
 --config FILE: a YAML file of these flags; flags win.
 
-Read by some recommenders only (and refused by the others):
+All recommenders read {", ".join(f"--{name}" for name in sorted(frozenset.intersection(*READS.values())))}.
+Of the others each reads these, and refuses the rest:
 
-efficientids   {_listed(LLAMA_FLAGS | EFFICIENTIDS_FLAGS)}
-
-sasrec         {_listed(SASREC_FLAGS)}
-
-item_knn       {_listed(ITEM_KNN_FLAGS)}"""
+{_table()}"""
 
 
 def parse(arguments: Sequence[str], prog: str = "train_llama.py") -> TrainConfig:

@@ -162,20 +162,26 @@ def quiet_libraries() -> None:
     logging.getLogger("matplotlib.font_manager").setLevel(logging.ERROR)
 
 
-def progress(verb: str, stream: TextIO) -> Callable[[int, int], None]:
-    """A callback (done, total) that keeps one line on a terminal, and prints every 30 seconds elsewhere."""
+def progress(verb: str, unit: str, stream: TextIO) -> Callable[[int, int], None]:
+    """A callback (done, total) that keeps one line on a terminal, and prints every 30 seconds elsewhere.
+
+    Args:
+        verb: what is done, as in "evaluated".
+        unit: what is counted, as in "examples".
+    """
     began = last = time.perf_counter()
 
     def show(done: int, total: int) -> None:
         nonlocal last
         now = time.perf_counter()
         eta = duration((total - done) * (now - began) / max(done, 1))
+        line = f"{verb} {done:,}/{total:,} {unit}  ETA {eta}"
         if stream.isatty():
-            stream.write(f"\r{verb} {done:,}/{total:,} users  ETA {eta}   " + ("\n" if done >= total else ""))
+            stream.write(f"\r{line}   " + ("\n" if done >= total else ""))
             stream.flush()
         elif now - last > 30:
             last = now
-            print(f"{verb} {done:,}/{total:,} users  ETA {eta}", file=stream, flush=True)
+            print(line, file=stream, flush=True)
 
     return show
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
 
@@ -165,9 +166,11 @@ def _names(options: type) -> frozenset[str]:
     return frozenset(field.name for field in dataclasses.fields(options))
 
 
-# Flags by what reads them, so that a flag which the chosen recommender would ignore can be refused.
-LLAMA_FLAGS = _names(LlamaOptions)
-TRAINING_FLAGS = _names(TrainingOptions)
-EFFICIENTIDS_FLAGS = _names(ItemOptions)
-SASREC_FLAGS = _names(SASRecOptions)
-ITEM_KNN_FLAGS = _names(ItemKNNOptions)
+_COUNTED = frozenset({"recommender", "data_dir", "checkpoint_dir", "estimate_memory_only", "json", "trackers"})
+READS: Mapping[str, frozenset[str]] = {
+    "efficientids": _names(RunOptions) | _names(LlamaOptions) | _names(TrainingOptions) | _names(ItemOptions),
+    "sasrec": _names(RunOptions) | _names(SASRecOptions) | _names(TrainingOptions) - {"max_seq_len", "pack_sequences"},
+    "item_knn": _COUNTED | _names(ItemKNNOptions) | {"seq_len"},
+    "popularity": _COUNTED,
+}
+"""The flags that each recommender looks at: any other one is refused with it, so that no flag does nothing."""

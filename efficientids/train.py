@@ -38,7 +38,7 @@ def main(arguments: Sequence[str]) -> int:
     config = parse(arguments)
     quiet_devices()
     system = systems.get(config.recommender)
-    refuse_unread(config, system)
+    refuse_unread(config)
     trackers = chosen_trackers(config.trackers)
     if config.estimate_memory_only:
         return _estimate(config, system)
@@ -106,13 +106,12 @@ def _start(
 
 
 def _options(config: TrainConfig, frozen_weights: dict[str, str] | None) -> TrainerOptions:
-    assert config.eval_every is not None
     return TrainerOptions(
         seed=config.seed,
         accumulation=config.gradient_accumulation,
         grad_clip=config.grad_clip,
         log_every=config.log_every,
-        eval_every=config.eval_every,
+        eval_every=config.eval_every or 1,  # a baseline that only counts is validated once
         patience=config.patience,
         saved=nnx.Not(in_llama) if frozen_weights else ...,
     )

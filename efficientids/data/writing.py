@@ -12,38 +12,10 @@ import numpy as np
 
 from efficientids.data import layout
 from efficientids.data.dataset import Dataset
-from efficientids.data.preparation.workplace import workplace
+from efficientids.data.preparation.workplace import check_destination, workplace
 from efficientids.errors import UserError
 
 Extra = Mapping[str, Mapping[str, np.ndarray]]
-
-
-def check_destination(path: Path, overwrite: bool) -> None:
-    """Raises UserError unless a data set may be written to `path`.
-
-    A folder that does not exist or is empty will do. A data set is replaced only when `overwrite` is set, and only when
-    the folder holds nothing beside it; any other folder or file is refused.
-    """
-    if not path.exists():
-        return
-    if not path.is_dir():
-        raise UserError(f"{path}: a file is in the way of the data set folder; give another --output")
-    held = {entry.name for entry in path.iterdir()}
-    if not held:
-        return
-    try:
-        manifest = json.loads((path / layout.MANIFEST).read_bytes())
-        ours = manifest["format"] == layout.FORMAT
-        known = {layout.MANIFEST, layout.REPORT, layout.PAGE, *manifest["files"]}
-    except (OSError, ValueError, KeyError, TypeError):
-        ours, known = False, set()
-    if not ours:
-        raise UserError(f"{path}: not empty and not a prepared data set; give another --output")
-    if not overwrite:
-        raise UserError(f"{path}: holds a data set already; give --overwrite to replace it, or another --output")
-    foreign = sorted(held - known)
-    if foreign:
-        raise UserError(f"{path}: holds {foreign[0]}, no part of the data set; move it away before --overwrite")
 
 
 def write_dataset(
@@ -67,7 +39,7 @@ def write_dataset(
         with workplace(path, f"{os.getpid()}-{uuid.uuid4().hex[:8]}") as place:
             new = place.folder(path.name)
             fill(new, contents, extra, beside)
-            place.put(new, path)
+            place.put(new, path, overwrite)
     except OSError as error:
         raise UserError(f"{path}: cannot be written ({error}); nothing there was changed") from error
     return Dataset.open(path)

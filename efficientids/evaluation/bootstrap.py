@@ -7,6 +7,8 @@ Legend: M examples, U users, m metrics, C kinds of users, R resamples.
 
 from __future__ import annotations
 
+import statistics
+
 import numpy as np
 
 RESAMPLES = 10_000
@@ -46,6 +48,18 @@ def intervals(means_Rm: np.ndarray) -> np.ndarray:
     """The percentile interval of each column that holds 95% of the resamples, float64 [m, 2]."""
     tail = (1 - LEVEL) / 2
     return np.quantile(means_Rm, [tail, 1 - tail], axis=0).T
+
+
+def wilson(share: float, users: int) -> tuple[float, float]:
+    """The 95% score interval of a share of `users` independent users (Wilson, 1927).
+
+    For shares of exactly 0 or 1, where every resample is the same and the bootstrap's interval has no width.
+    """
+    z = statistics.NormalDist().inv_cdf((1 + LEVEL) / 2)
+    centre = (share + z * z / (2 * users)) / (1 + z * z / users)
+    half = z / (1 + z * z / users) * (share * (1 - share) / users + z * z / (4 * users * users)) ** 0.5
+    # At the ends one side is 0 or 1 exactly; rounding must not put the share itself outside.
+    return max(0.0, min(centre - half, share)), min(1.0, max(centre + half, share))
 
 
 def two_sided_p(means_Rm: np.ndarray) -> np.ndarray:

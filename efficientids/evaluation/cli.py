@@ -5,17 +5,19 @@ from __future__ import annotations
 import dataclasses
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import tyro
 
 from efficientids.errors import UserError
+from efficientids.evaluation.evaluate import Evaluation
 from efficientids.evaluation.of_run import evaluate_run
 from efficientids.evaluation.text import as_text, groups_as_text, sampled_as_text
-from efficientids.loading import open_run
+from efficientids.loading import LoadedRun, open_run
 from efficientids.log import progress
+from efficientids.runs import RunFolder
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,7 +27,7 @@ class EvaluateConfig:
     run: Path
     """The run folder R, R/STEP or R/checkpoints/STEP."""
     step: int | None = None
-    """Which checkpoint. Default: the best by validation NDCG@10."""
+    """Which checkpoint. Default: the best by validation NDCG@10 (of equals the later)."""
     data_dir: Path | None = None
     """Where the run's data set is now. Default: where it was."""
     split: Literal["validation", "test"] = "test"
@@ -56,11 +58,17 @@ def main(arguments: Sequence[str]) -> int:
         batch_size=config.batch_size,
         group_by=config.group_by,
         sampled_negatives=config.sampled_negatives,
-        progress=progress("evaluated", sys.stderr),
+        progress=progress("evaluated", "examples", sys.stderr),
     )
     if config.json:
         print(json.dumps({"step": loaded.step, **evaluation.to_json(), **more}, indent=2))
-        return 0
+    else:
+        _print(loaded, evaluation, more)
+    _refresh_report(loaded.run, say=not config.json)
+    return 0
+
+
+def _print(loaded: LoadedRun, evaluation: Evaluation, more: Mapping[str, Any]) -> None:
     print(f"{more['run']}, step {loaded.step}, data {more['dataset']}")
     print(as_text(evaluation))
     for name, value in more.get("best_possible", {}).items():
@@ -68,4 +76,20 @@ def main(arguments: Sequence[str]) -> int:
     print("\n" + groups_as_text(more["groups"]))
     if "sampled" in more:
         print("\n" + sampled_as_text(more["sampled"]))
-    return 0
+
+
+def _refresh_report(run: RunFolder, *, say: bool) -> None:
+    """Writes R/report.html again, so that it shows what was stored, for a run that has one or could have one."""
+    # Drawing takes a second to import, and pages read evaluations.
+    from efficientids.pages import run_report
+
+    if not (run.metrics.exists() or (run.path / run_report.FILE).exists()):
+        return
+    try:
+        file = run_report.refresh(run)
+    except (UserError, OSError) as error:
+        # The evaluation is done, printed and stored: that the page is not is no reason to call it failed.
+        print(f"warning: {run.path / run_report.FILE} was not refreshed: {error}", file=sys.stderr)
+        return
+    if say:
+        print(f"refreshed {file}", file=sys.stderr)

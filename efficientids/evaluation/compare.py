@@ -135,11 +135,14 @@ def as_text(result: dict[str, Any], entries: Sequence[Entry]) -> str:
     runs = result["runs"]
     shown = [name for name in _TABLE if name in runs[0]["metrics"]]
     width = max(10, *(len(run["run"]) for run in runs))
-    lines = [protocol_line(entries[0].evaluation), ""]
+    # One for all, or each run's own.
+    same = len({run["history"] for run in runs}) == 1
+    lines = [protocol_line(entries[0].evaluation, with_history=same), ""]
     lines.append(f"{'run':<{width}} {'step':>8}" + "".join(f"{name.upper():>13}" for name in shown))
+    lines[-1] += "" if same else "  history"
     for run in runs:
         values = "".join(f"{run['metrics'][name]:>13.4f}" for name in shown)
-        lines.append(f"{run['run']:<{width}} {run['step']:>8}{values}")
+        lines.append(f"{run['run']:<{width}} {run['step']:>8}{values}" + ("" if same else f"  {run['history']}"))
     others = len(result["against_first"])
     method = f"paired bootstrap over users ({result['resamples']:,} resamples)"
     lines += [

@@ -27,7 +27,8 @@ class CompareConfig:
     """Runs on the same data set: their metrics, and whether each differs from the first one's."""
 
     runs: Annotated[tuple[Path, ...], tyro.conf.Positional]
-    """Two or more run folders: R, R/STEP or R/checkpoints/STEP; R alone is the best step by validation NDCG@10."""
+    """Two or more run folders: R, R/STEP or R/checkpoints/STEP; R alone is the best step by validation NDCG@10
+    (of equals the later)."""
     split: Literal["validation", "test"] = "test"
     """Which held-out items are the targets."""
     seen: Literal["mask", "keep"] = "mask"
@@ -43,8 +44,14 @@ class CompareConfig:
 def main(arguments: Sequence[str]) -> int:
     """Compares; returns the exit code."""
     config = tyro.cli(CompareConfig, args=arguments, prog="efficientids compare", use_underscores=True)
-    if len(config.runs) < 2 or config.batch_size < 1:
-        raise UserError(f"compare: {len(config.runs)} runs in batches of {config.batch_size}; at least 2 runs, and 1")
+    if len(config.runs) < 2:
+        given = f"only {config.runs[0]} is given" if config.runs else "none is given"
+        raise UserError(
+            f"compare needs two or more run folders, and {given}: `compare R1 R2`, or two steps of one run, "
+            "`compare R/STEP1 R/STEP2`"
+        )
+    if config.batch_size < 1:
+        raise UserError(f"--batch_size {config.batch_size}: at least 1")
     found = [_Found.at(path, config.data_dir) for path in config.runs]
     for other in found[1:]:
         if other.fingerprint != found[0].fingerprint:
@@ -95,6 +102,6 @@ class _Found:
             config.split,
             seen=config.seen,
             batch_size=config.batch_size,
-            progress=progress("evaluated", sys.stderr),
+            progress=progress("evaluated", "examples", sys.stderr),
         )
         return Entry(str(self.path), self.step, evaluation)

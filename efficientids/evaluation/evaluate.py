@@ -17,7 +17,7 @@ from efficientids.data import layout
 from efficientids.data.batches import EvaluationBatch, evaluation_batches
 from efficientids.data.dataset import Dataset
 from efficientids.errors import UserError
-from efficientids.evaluation.bootstrap import intervals, resampled_means
+from efficientids.evaluation.bootstrap import intervals, resampled_means, wilson
 from efficientids.evaluation.metrics import gains, ranking_metrics, target_ranks
 from efficientids.recommenders.base import Histories, Ranked, Recommender
 
@@ -75,7 +75,7 @@ class Evaluation:
 
     @functools.cached_property
     def intervals(self) -> dict[str, tuple[float, float]]:
-        """95% intervals of the means, by the bootstrap over users; coverage is no mean and has none."""
+        """95% intervals of the means (`mean_intervals`); coverage is no mean and has none."""
         return mean_intervals(self.rows, self.cutoffs)
 
     def to_json(self) -> dict[str, Any]:
@@ -92,10 +92,22 @@ class Evaluation:
 
 
 def mean_intervals(rows: Rows, cutoffs: tuple[int, ...]) -> dict[str, tuple[float, float]]:
-    """95% intervals of HR, NDCG and MRR over `rows`, by name. Raises ValueError for no rows."""
+    """95% intervals of HR, NDCG and MRR over `rows`, by name: the bootstrap over users.
+
+    A mean of exactly 0 or 1 gets Wilson's interval of a share of the users. It is HR's own; for NDCG@K and MRR@K it is
+    on the safe side: with no hit they are at most HR@K, with every target first at least HR@1.
+
+    Raises:
+        ValueError: no rows.
+    """
     values = gains(rows.ranks, cutoffs)
     ends = intervals(resampled_means(np.stack(list(values.values()), axis=1), rows.users))
-    return {name: (float(low), float(high)) for name, (low, high) in zip(values, ends, strict=True)}
+    users = len(np.unique(rows.users))
+    found: dict[str, tuple[float, float]] = {}
+    for (name, value_M), (low, high) in zip(values.items(), ends, strict=True):
+        mean = float(value_M.mean())
+        found[name] = wilson(mean, users) if mean in (0, 1) else (float(low), float(high))
+    return found
 
 
 def evaluate(

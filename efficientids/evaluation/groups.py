@@ -23,6 +23,10 @@ POPULARITY_SHARES = (("head", 0.5), ("middle", 0.8), ("tail", 1.0))
 UNSEEN = "never in training"
 MOST_GROUPS = 12
 """A table with more rows than this is not read: the rarest values are put together."""
+FEWEST_USERS = 30
+"""A group of fewer users gets no interval: resamples of a handful show a certainty that is not there."""
+_FEWEST_OF_COMMONEST = 10
+"""A text column whose commonest value has fewer users, such as an id, makes no groups."""
 _QUANTILES = 5
 
 Tables = dict[str, list[dict[str, Any]]]
@@ -33,10 +37,10 @@ def group_tables(evaluation: Evaluation, dataset: Dataset, column: str | None = 
 
     Returns:
         By table: a row a group that has examples, in order: `group`, `examples`, `users`, `metrics` and `intervals`
-        (as in `Evaluation`, without coverage).
+        (as in `Evaluation`, without coverage; `intervals` is None for fewer than `FEWEST_USERS` users).
 
     Raises:
-        UserError: there is no such column, or it holds lists.
+        UserError: as `check_column`.
     """
     rows = evaluation.rows
     tables = {
@@ -55,13 +59,14 @@ def _rows(evaluation: Evaluation, names: list[str], group_M: np.ndarray) -> list
 
 def _row(evaluation: Evaluation, name: str, inside_M: np.ndarray) -> dict[str, Any]:
     rows = Rows(*(column[inside_M] for column in evaluation.rows))
-    ends = mean_intervals(rows, evaluation.cutoffs)
+    users = len(np.unique(rows.users))
+    ends = mean_intervals(rows, evaluation.cutoffs) if users >= FEWEST_USERS else None
     return {
         "group": name,
         "examples": len(rows.users),
-        "users": len(np.unique(rows.users)),
+        "users": users,
         "metrics": ranking_metrics(rows.ranks, evaluation.cutoffs),
-        "intervals": {metric: list(pair) for metric, pair in ends.items()},
+        "intervals": None if ends is None else {metric: list(pair) for metric, pair in ends.items()},
     }
 
 
@@ -94,12 +99,26 @@ def _popularity_groups(dataset: Dataset, targets_M: np.ndarray) -> tuple[list[st
 
 
 def check_column(dataset: Dataset, column: str) -> pl.Series:
-    """The column of users.parquet to group by. Raises UserError where there is none, or it holds lists."""
+    """The column of users.parquet to group by.
+
+    Raises:
+        UserError: there is no such column, it holds lists, or nearly every user has another value in it (a text whose
+            commonest value has fewer than 10 users).
+    """
     table = dataset.users
     if column not in table.columns:
         raise UserError(f"--group_by {column}: users.parquet of {dataset.path} has {', '.join(table.columns)}")
     if table[column].dtype.is_nested():
         raise UserError(f"--group_by {column}: its values are {table[column].dtype}; give a column of texts or numbers")
+    if not table[column].dtype.is_numeric():
+        known = table[column].drop_nulls()
+        commonest = int(known.value_counts(name="number of users")["number of users"].max() or 0) if len(known) else 0
+        if commonest < _FEWEST_OF_COMMONEST:
+            raise UserError(
+                f"--group_by {column}: {known.n_unique():,} distinct values, and the commonest has {commonest} users "
+                f"(at least {_FEWEST_OF_COMMONEST}), so it makes no groups; users.parquet of {dataset.path} has "
+                f"{', '.join(table.columns)}"
+            )
     return table[column]
 
 

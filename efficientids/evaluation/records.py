@@ -3,11 +3,14 @@
 R/evaluation/SPLIT-SEEN-stepN.parquet   a row an example: user, target, history_length (int32), rank (int32, null
                                         where the target was not among the recommendations)
 R/evaluation/SPLIT-SEEN-stepN.json      everything else, and the sha256 of the rows; written last
+
+Evaluating again keeps what the earlier record has beyond the new one: sampled metrics, groups by other columns.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import os
 import tempfile
 from pathlib import Path
@@ -22,6 +25,8 @@ from efficientids.evaluation.evaluate import Evaluation, Rows
 from efficientids.evaluation.metrics import MISSED
 
 FOLDER = "evaluation"
+_ROUNDING = 1e-3
+"""Metrics of the same checkpoint differ by less: another batch size or device rounds other ties."""
 
 
 def record_path(run: Path, split: str, seen: str, step: int) -> Path:
@@ -33,7 +38,8 @@ def save_evaluation(run: Path, step: int, split: str, evaluation: Evaluation, mo
     """Writes an evaluation of the run at a step, rows first, each file whole or not at all; returns the JSON's path.
 
     Args:
-        more: further plain values for the JSON (groups, name of the data set, …).
+        more: further plain values for the JSON (groups, name of the data set, …). What the earlier record of the same
+            evaluation had beyond them is kept.
 
     Raises:
         UserError: the run folder cannot be written.
@@ -48,6 +54,7 @@ def save_evaluation(run: Path, step: int, split: str, evaluation: Evaluation, mo
             "rank": pl.Series(np.where(rows.ranks == MISSED, -1, rows.ranks).astype(np.int32)).replace(-1, None),
         }
     )
+    more = _with_earlier(path, evaluation, more)
     try:
         path.parent.mkdir(exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".new-", dir=path.parent) as folder:
@@ -60,6 +67,24 @@ def save_evaluation(run: Path, step: int, split: str, evaluation: Evaluation, mo
     except OSError as error:
         raise UserError(f"{path} cannot be written: {error}") from error
     return path
+
+
+def _with_earlier(path: Path, evaluation: Evaluation, more: dict[str, Any]) -> dict[str, Any]:
+    """`more`, and what else an earlier record at `path` has, where it is of the same model, data and protocol."""
+    new = evaluation.to_json()
+    try:
+        old = json.loads(path.read_text())
+        same = all(old[name] == new[name] for name in ("fingerprint", "protocol", "cutoffs", "examples")) and all(
+            math.isclose(old["metrics"][name], value, abs_tol=_ROUNDING) for name, value in new["metrics"].items()
+        )
+        groups = {**old.get("groups", {}), **more.get("groups", {})}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        # None yet, or a damaged one, which this evaluation mends.
+        return more
+    if not same:
+        return more
+    kept = {name: value for name, value in old.items() if name not in new and name not in ("step", "rows")}
+    return kept | more | ({"groups": groups} if groups else {})
 
 
 def load_evaluation(run: Path, step: int, split: str, seen: str, fingerprint: str) -> Evaluation | None:

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from efficientids.evaluation.evaluate import Evaluation
+from efficientids.evaluation.groups import FEWEST_USERS
 from efficientids.evaluation.sampled import WARNING
 
 NAMES = {"history_length": "history length", "target_popularity": "popularity of the target in training"}
@@ -28,14 +29,21 @@ def as_text(evaluation: Evaluation) -> str:
     return "\n".join([protocol_line(evaluation), *rows])
 
 
-def protocol_line(evaluation: Evaluation) -> str:
-    """How the numbers came about, in one line."""
+def protocol_line(evaluation: Evaluation, *, with_history: bool = True) -> str:
+    """How the numbers came about, in one line.
+
+    Args:
+        with_history: with what of a history the model looks at; False where runs that differ in it share the line.
+    """
     protocol, users = evaluation.protocol, f"{evaluation.users:,} users"
     number = users if evaluation.examples == evaluation.users else f"{evaluation.examples:,} examples of {users}"
+    order = ", ".join(f"{name.replace('_', '-')} {value}" for name, value in protocol["order"].items())
     return (
         f"{protocol['split']}: {number}; ranked over the {protocol['candidates']}; "
         f"seen items: {protocol['seen']} ({protocol['unhittable_share']:.1%} of targets unhittable); "
-        f"ties {protocol['ties']}; {protocol['unit']}"
+        f"ties {protocol['ties']}; order of interactions: {order}; "
+        + (f"history the model looks at: {protocol['history']}; " if with_history else "")
+        + str(protocol["unit"])
     )
 
 
@@ -51,9 +59,11 @@ def _group_table(title: str, rows: Sequence[Mapping[str, Any]]) -> str:
     for row in rows:
         cells = [f"{row['group']:<{width}} {row['examples']:>9,}"]
         for name in shown:
-            low, high = row["intervals"][name]
-            cells.append(f"{row['metrics'][name]:>9.4f}" + f"{f'{low:.4f}–{high:.4f}':>17}")
+            ends = "–" if row["intervals"] is None else "–".join(f"{end:.4f}" for end in row["intervals"][name])
+            cells.append(f"{row['metrics'][name]:>9.4f}{ends:>17}")
         lines.append("".join(cells))
+    if any(row["intervals"] is None for row in rows):
+        lines.append(f"–: fewer than {FEWEST_USERS} users, too few for an interval")
     return "\n".join(lines)
 
 

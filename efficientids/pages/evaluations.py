@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from efficientids.errors import UserError
+from efficientids.evaluation.groups import FEWEST_USERS
 from efficientids.evaluation.records import FOLDER
 from efficientids.evaluation.text import NAMES
 from efficientids.pages.curves import Metrics
@@ -80,7 +81,7 @@ def _caption(one: Mapping[str, Any]) -> str:
 
 
 def _metric_rows(
-    metrics: Mapping[str, float], intervals: Mapping[str, Sequence[float]]
+    metrics: Mapping[str, float], intervals: Mapping[str, Sequence[float]] | None
 ) -> tuple[list[str], list[list[Cell]]]:
     """Columns and rows: kinds of metric down, cut-offs across."""
     kinds = list(dict.fromkeys(name.split("@")[0] for name in metrics))
@@ -89,21 +90,23 @@ def _metric_rows(
     return ["", *(f"@{cutoff}" for cutoff in cutoffs)], rows
 
 
-def _cell(metrics: Mapping[str, float], intervals: Mapping[str, Sequence[float]], name: str) -> str | None:
+def _cell(metrics: Mapping[str, float], intervals: Mapping[str, Sequence[float]] | None, name: str) -> str | None:
     if name not in metrics:
         return None
-    ends = intervals.get(name)
+    ends = (intervals or {}).get(name)
     return f"{metrics[name]:.4f}" + (f" ({ends[0]:.4f}–{ends[1]:.4f})" if ends else "")
 
 
 def _group_table(one: Mapping[str, Any], name: str, rows: Sequence[Mapping[str, Any]]) -> Table:
     protocol = one["protocol"]
     shown = [metric for metric in _GROUP_METRICS if metric in rows[0]["metrics"]]
+    few = any(row.get("intervals") is None for row in rows)
     return Table(
-        f"By {NAMES.get(name, name)}: {protocol['split']}, step {one['step']:,}, seen items: {protocol['seen']}",
+        f"By {NAMES.get(name, name)}: {protocol['split']}, step {one['step']:,}, seen items: {protocol['seen']}"
+        + (f"; no interval for fewer than {FEWEST_USERS} users" if few else ""),
         ["group", "examples", *(f"{metric.upper()} (95% interval)" for metric in shown)],
         [
-            [row["group"], row["examples"], *(_cell(row["metrics"], row.get("intervals", {}), name) for name in shown)]
+            [row["group"], row["examples"], *(_cell(row["metrics"], row.get("intervals"), name) for name in shown)]
             for row in rows
         ],
     )

@@ -74,7 +74,19 @@ class ReportPage:
 
     def _write(self) -> None:
         assert self._run is not None, "log comes after start"
-        page.write(self._run.path / FILE, to_html(self._run))
+        refresh(self._run)
+
+
+def refresh(run: RunFolder) -> Path:
+    """Writes `R/report.html` as the run's folder is now; returns it.
+
+    Raises:
+        UserError: as `to_html`.
+        OSError: the file cannot be written.
+    """
+    file = run.path / FILE
+    page.write(file, to_html(run))
+    return file
 
 
 def to_html(run: RunFolder) -> str:
@@ -121,12 +133,11 @@ def _summary(metrics: Metrics) -> list[Block]:
 def _recommendations(samples: dict[str, Any] | None) -> list[Section]:
     if samples is None:
         return []
-    k, examined = samples["k"], samples["examined"]
     told = (
-        f"Step {samples['step']:,}, {samples['split']} targets, seen items masked. Of {examined:,} examples looked at, "
-        f"{samples['first']:,} ({samples['first'] / examined:.1%}) had the target in the first place, and "
-        f"{samples['missed']:,} ({samples['missed'] / examined:.1%}) did not have it among the {k}. "
-        "The ones shown are the first of each kind that came, in a random order."
+        f"Step {samples['step']:,}, {samples['split']} targets, seen items masked. Users were looked at in a random "
+        "order until there were enough with the target in the first place and enough without it among the "
+        f"{samples['k']}. They are examples to read: how many of each are shown does not tell how often the model is "
+        "right; the metrics do."
     )
     return [
         Section("Recommendations that were right", [Text(told), *map(_lists, samples["hits"])]),

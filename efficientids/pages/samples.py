@@ -3,7 +3,8 @@
 R/samples.json, an object:
 
     step, split, seen, k          what was asked: of which checkpoint, which held-out items, "mask", list length
-    examined, first, missed       examples looked at; of how many the target came first; of how many it was not listed
+    examined, first, missed       examples looked at; of how many the target came first; of how many it was not listed.
+                                  No rates: looking stops as soon as there are enough of both kinds
     hits, misses                  lists of {user, history_length, history, target, rank, recommended}
 
 `user` is the external id, `history` the titles of the newest items (oldest first), `target` a title, `rank` counts from

@@ -15,9 +15,9 @@ import numpy as np
 from flax import nnx
 
 from efficientids.errors import UserError
-from efficientids.options import TrainConfig
+from efficientids.options import READS, TrainConfig
 from efficientids.recommenders.base import Phase, in_llama
-from efficientids.systems.base import Scale, System
+from efficientids.systems.base import Scale, System, precision_of
 from efficientids.training.step import Program, build_program
 
 
@@ -59,7 +59,7 @@ def estimate(config: TrainConfig, system: System, scale: Scale) -> Estimate:
     Raises:
         UserError: the recommender has nothing to train.
     """
-    if config.precision == "auto" and "precision" not in system.unread:
+    if config.precision == "auto" and "precision" in READS[config.recommender]:
         config = dataclasses.replace(config, precision="bfloat16")
     config = system.resolve(config, scale)
     program, _ = abstract_program(config, system, scale)
@@ -76,7 +76,7 @@ def estimate(config: TrainConfig, system: System, scale: Scale) -> Estimate:
     }
     count = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves((trained, nnx.filter_state(frozen, nnx.Param))))
     trained_count = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(trained))
-    return Estimate(parts, count, trained_count, scale.num_items, config.precision)
+    return Estimate(parts, count, trained_count, scale.num_items, precision_of(config))
 
 
 def abstract_program(config: TrainConfig, system: System, scale: Scale) -> tuple[Program, Phase]:

@@ -25,7 +25,8 @@ class RecommendConfig:
     run: Path
     """The run folder R, R/STEP or R/checkpoints/STEP."""
     output: Path
-    """The Parquet file to write: user_id, rank, item_id, title, score (log-probability)."""
+    """The Parquet file to write: user_id, rank, item_id, title, score. Score: higher is better; a
+    log-probability for models that are trained, counted scores for item_knn and popularity."""
     users: str = "all"
     """`all`, or a file with one external user id a line."""
     data_dir: Path | None = None
@@ -33,7 +34,7 @@ class RecommendConfig:
     k: int = 10
     """Items a user."""
     step: int | None = None
-    """Which checkpoint. Default: the best by validation NDCG@10."""
+    """Which checkpoint. Default: the best by validation NDCG@10 (of equals the later)."""
     seen: Literal["mask", "keep"] = "mask"
     """Whether items of the user's history may be recommended."""
     batch_size: int = 256
@@ -69,7 +70,7 @@ def main(arguments: Sequence[str]) -> int:
         k=config.k,
         keep_seen=config.seen == "keep",
         batch_size=config.batch_size,
-        progress=progress("recommended for", sys.stderr),
+        progress=progress("recommended for", "users", sys.stderr),
     )
     # Written beside and renamed: a killed run leaves no half file under the name asked for.
     partial = config.output.with_name(config.output.name + ".partial")

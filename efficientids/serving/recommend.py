@@ -59,7 +59,8 @@ def recommend_users(
 
     Returns:
         Columns user_id (str), rank (int32, from 1), item_id (str), title (str, where there are titles), score
-        (float32, log-probability); users in the order given. A user who has seen nearly everything gets fewer rows.
+        (float32: higher is better; a log-probability for models that are trained, counted scores for item_knn and
+        popularity); users in the order given. A user who has seen nearly everything gets fewer rows.
     """
     names = dataset.users["user_id"].to_numpy()
     frames: list[pl.DataFrame] = []

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -17,7 +17,7 @@ from core.packing import PackPlan, pack_histories
 from efficientids.data.batches import Bucket, Shard, length_buckets, steps_per_epoch, training_batches
 from efficientids.data.dataset import Dataset
 from efficientids.errors import UserError
-from efficientids.options import TrainConfig
+from efficientids.options import READS, TrainConfig
 from efficientids.recommenders.base import Batch, OptimizerConfig, Recommender, Training
 
 DEFAULT_EPOCHS = 10.0
@@ -40,11 +40,9 @@ class System(Protocol):
     """One value of `--recommender`.
 
     Attributes:
-        unread: flags that have no meaning for it: giving them is an error.
         may_change: fields of the spec that a run started with `--load_checkpoint` may have otherwise.
     """
 
-    unread: frozenset[str]
     may_change: frozenset[str]
 
     def resolve(self, config: TrainConfig, scale: Scale) -> TrainConfig:
@@ -90,7 +88,7 @@ class Scale:
 
     num_items: int = 3416
     train_lengths: np.ndarray = dataclasses.field(default_factory=lambda: np.full(6040, 163))
-    path: Path | None = None
+    dataset: Dataset | None = None
 
     @staticmethod
     def of(dataset: Dataset) -> Scale:
@@ -103,33 +101,35 @@ class Scale:
             raise UserError(f"{dataset.path}: no user has 2 items to train on; prepare a data set with more")
         if not len(dataset.examples("validation").users):
             raise UserError(f"{dataset.path}: no user has a validation target (3 interactions, with leave-one-out)")
-        return Scale(dataset.catalogue_size, np.asarray(dataset.train_lengths), dataset.path)
+        return Scale(dataset.catalogue_size, np.asarray(dataset.train_lengths), dataset)
+
+
+def resolve_batch(config: TrainConfig, scale: Scale, default: int) -> TrainConfig:
+    """The data set and the batch size. One device for now: a batch on one device is the batch."""
+    batch = config.batch_size or config.batch_size_per_device or default
+    path = None if scale.dataset is None else Path(scale.dataset.path)
+    return dataclasses.replace(config, data_dir=path, batch_size=batch, batch_size_per_device=None)
 
 
 def resolve_training(
-    config: TrainConfig, scale: Scale, *, batch_size: int, learning_rate: float, max_warmup: int, max_items: int
+    config: TrainConfig, scale: Scale, buckets: Sequence[Bucket], *, learning_rate: float, max_warmup: int
 ) -> TrainConfig:
-    """Batch, length and rates of training, from the system's own defaults where flags leave them open."""
-    on_gpu = jax.default_backend() == "gpu"
-    # One device for now: a batch on one device is the batch.
-    batch = config.batch_size or config.batch_size_per_device or batch_size
+    """Length and rates of training in `buckets`, from the system's own defaults where flags leave them open."""
     rate = learning_rate if config.learning_rate is None else config.learning_rate
-    config = dataclasses.replace(
-        config, data_dir=scale.path, batch_size=batch, batch_size_per_device=None, learning_rate=rate,
-        precision=("bfloat16" if on_gpu else "float32") if config.precision == "auto" else config.precision,
-    )  # fmt: skip
-    epoch = steps_per_epoch(scale.train_lengths, buckets_of(config, max_items))
+    epoch = steps_per_epoch(scale.train_lengths, buckets)
     num_steps = config.num_steps or max(1, math.ceil((config.epochs or DEFAULT_EPOCHS) * epoch))
     warmup = min(max_warmup, num_steps // 10) if config.warmup_steps is None else config.warmup_steps
     return dataclasses.replace(
-        config, num_steps=num_steps, epochs=None, warmup_steps=warmup,
+        config, num_steps=num_steps, epochs=None, warmup_steps=warmup, learning_rate=rate,
         eval_every=config.eval_every or max(1, min(epoch, 1000)),
     )  # fmt: skip
 
 
-def buckets_of(config: TrainConfig, max_items: int) -> tuple[Bucket, ...]:
-    """The length buckets of a configuration whose batch size is known."""
+def buckets_of(config: TrainConfig, max_items: int, packing: Packing | None = None) -> tuple[Bucket, ...]:
+    """The length buckets of a configuration whose batch size is known; with packing one, of as many as it packs."""
     assert config.batch_size is not None
+    if packing is not None:
+        return (Bucket(max_items, packing.plan.histories),)
     return length_buckets(config.batch_size * config.gradient_accumulation, max_items, config.length_buckets)
 
 
@@ -144,10 +144,10 @@ def training(
 ) -> Training:
     """How a resolved configuration trains on `dataset`; None: shapes alone, for a plan.
 
-    `packing`: several histories a row; they are then batched in one bucket, as many as the plan packs together.
+    `packing`: several histories a row.
     """
     assert config.num_steps is not None and config.learning_rate is not None and config.warmup_steps is not None
-    buckets = buckets_of(config, max_items) if packing is None else (Bucket(max_items, packing.plan.histories),)
+    buckets = buckets_of(config, max_items, packing)
 
     def batches(seed: int, start_step: int) -> Iterator[Batch]:
         if dataset is None:
@@ -198,10 +198,10 @@ def abstract(recommender: Recommender) -> tuple[nnx.GraphDef, nnx.State]:
     return nnx.split(nnx.eval_shape(recommender.init, jax.random.key(0)))
 
 
-def refuse_unread(config: TrainConfig, system: System) -> None:
-    """Refuses flags that the chosen recommender would not look at."""
+def refuse_unread(config: TrainConfig) -> None:
+    """Refuses flags that the chosen recommender would not look at (`options.READS`)."""
     for field in dataclasses.fields(config):
-        if field.name in system.unread and getattr(config, field.name) != field.default:
+        if field.name not in READS[config.recommender] and getattr(config, field.name) != field.default:
             raise UserError(f"--{field.name} has no meaning with --recommender {config.recommender}; leave it out")
 
 
@@ -218,7 +218,7 @@ def describe(
     return {
         "recommender": config.recommender,
         "spec": recommender.spec.to_json(),
-        "precision": config.precision,
+        "precision": precision_of(config),
         "dataset": {
             "path": str(data.relative_to(home) if data.is_relative_to(home) else data),
             "fingerprint": dataset.fingerprint,
@@ -226,6 +226,11 @@ def describe(
         },
         "frozen_weights": weights,
     }
+
+
+def precision_of(config: TrainConfig) -> str:
+    """What a resolved configuration computes in; recommenders without a choice compute in float32."""
+    return config.precision if "precision" in READS[config.recommender] else "float32"
 
 
 def items_sha256(dataset: Dataset) -> str:

@@ -12,35 +12,22 @@ from flax import nnx
 
 from efficientids.data.dataset import Dataset
 from efficientids.errors import UserError
-from efficientids.options import (
-    EFFICIENTIDS_FLAGS,
-    ITEM_KNN_FLAGS,
-    LLAMA_FLAGS,
-    SASREC_FLAGS,
-    TRAINING_FLAGS,
-    TrainConfig,
-)  # fmt: skip
+from efficientids.options import TrainConfig
 from efficientids.recommenders.base import Recommender
 from efficientids.recommenders.item_knn import ItemKNN, ItemKNNSpec
 from efficientids.recommenders.popularity import Popularity, PopularitySpec
 from efficientids.systems import base
 from efficientids.systems.base import Earlier, Scale
 
-_TRAINED_ONLY = (
-    EFFICIENTIDS_FLAGS | LLAMA_FLAGS | SASREC_FLAGS | TRAINING_FLAGS
-    | {"load_checkpoint", "seed", "log_every", "eval_every", "patience"}
-)  # fmt: skip
-
 
 class CountedSystem:
     """What the systems have in common whose model is made by counting (see `efficientids.systems.base.System`)."""
 
-    unread = _TRAINED_ONLY | ITEM_KNN_FLAGS
     may_change: frozenset[str] = frozenset()
 
     def resolve(self, config: TrainConfig, scale: Scale) -> TrainConfig:
-        """No training: the numbers of steps and rates are those of nothing."""
-        return dataclasses.replace(config, data_dir=scale.path, precision="float32", num_steps=None, eval_every=1)
+        """Nothing is open but where the data are."""
+        return dataclasses.replace(config, data_dir=None if scale.dataset is None else Path(scale.dataset.path))
 
     def weights(self, config: TrainConfig) -> Path | None:
         """None: there are no published weights."""
@@ -53,8 +40,6 @@ class CountedSystem:
 
 class ItemKNNSystem(CountedSystem):
     """Item-to-item nearest neighbours."""
-
-    unread = _TRAINED_ONLY - {"seq_len"}
 
     def headline(self, config: TrainConfig) -> str:
         """See `System.headline`."""

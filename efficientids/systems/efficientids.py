@@ -19,7 +19,7 @@ from core.models.efficientids import EfficientIDSConfig
 from core.packing import PackPlan
 from efficientids.data.dataset import Dataset
 from efficientids.errors import UserError
-from efficientids.options import ITEM_KNN_FLAGS, SASREC_FLAGS, TrainConfig
+from efficientids.options import TrainConfig
 from efficientids.recommenders.base import Recommender
 from efficientids.recommenders.efficientids import EfficientIDS, EfficientIDSSpec
 from efficientids.systems import base
@@ -53,7 +53,6 @@ REMAT_FROM_WIDTH = 1024
 class EfficientIDSSystem:
     """See `efficientids.systems.base.System`."""
 
-    unread = SASREC_FLAGS | ITEM_KNN_FLAGS
     # How long sequences are and how text is weighed may change; what has parameters or buffers may not.
     may_change = frozenset({"seq_len", "max_seq_len", "text_loss_weight", "model.dropout", "model.init_std"})
 
@@ -71,21 +70,25 @@ class EfficientIDSSystem:
             )
         remat = config.gradient_checkpointing
         titled = config.item_text == "title"
+        one_shape = titled or config.pack_sequences  # a titled or packed row takes seq_len positions, whatever is in it
+        if one_shape and config.length_buckets not in (1, TrainConfig.length_buckets):
+            flag = "--pack_sequences" if config.pack_sequences else "--item_text title"
+            raise UserError(f"--length_buckets {config.length_buckets}: rows of {flag} have one shape; leave it out")
         max_items = config.max_seq_len or (config.seq_len // 2 if titled else config.seq_len)
+        on_gpu = jax.default_backend() == "gpu"
         config = dataclasses.replace(
-            config,
+            base.resolve_batch(config, scale, 32 if small else 8),
+            precision=("bfloat16" if on_gpu else "float32") if config.precision == "auto" else config.precision,
             dropout=(0.2 if random and small else 0.0) if config.dropout is None else config.dropout,
             gradient_checkpointing=("dots" if small else "full") if remat == "auto" else remat,
             max_seq_len=max_items,
             item_dim=item_dim,
             tokenizer=_tokenizer(config),
-            # A titled row takes seq_len positions however few its items.
-            length_buckets=1 if titled or config.pack_sequences else config.length_buckets,
+            length_buckets=1 if one_shape else config.length_buckets,
             **_head(config, scale.num_items),
         )
         return base.resolve_training(
-            config, scale, max_items=max_items,
-            batch_size=32 if small else 8,
+            config, scale, base.buckets_of(config, max_items, _packing_at(config, scale, llama)),
             learning_rate=1e-3 if from_scratch else 5e-4 if config.freeze_llama else 5e-5,
             max_warmup=100 if config.freeze_llama else 500,
         )  # fmt: skip
@@ -193,6 +196,14 @@ def _packing(config: TrainConfig, dataset: Dataset, titles: np.ndarray | None) -
     items, offsets = dataset.training_histories()
     ends = np.concatenate([[0], np.cumsum(widths_N[items])])[offsets]
     return _packed(config, np.diff(ends), dataset.train_lengths, widths_N, bos=titles is not None)
+
+
+def _packing_at(config: TrainConfig, scale: Scale, llama: LlamaConfig) -> Packing | None:
+    """As `_packing`, as far as `scale` knows a data set."""
+    if scale.dataset is None or not config.pack_sequences:
+        return _planned_packing(config, scale)
+    titles = title_tokens(config, llama, scale.dataset)[0] if config.item_text == "title" else None
+    return _packing(config, scale.dataset, titles)
 
 
 def _planned_packing(config: TrainConfig, scale: Scale) -> Packing | None:

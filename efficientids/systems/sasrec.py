@@ -12,17 +12,18 @@ from flax import nnx
 from core.models.sasrec import SASRecConfig
 from efficientids.data.dataset import Dataset
 from efficientids.errors import UserError
-from efficientids.options import EFFICIENTIDS_FLAGS, ITEM_KNN_FLAGS, LLAMA_FLAGS, TrainConfig
+from efficientids.options import TrainConfig
 from efficientids.recommenders.base import Recommender
 from efficientids.recommenders.sasrec import SASRecRecommender, SASRecSpec
 from efficientids.systems import base
 from efficientids.systems.base import Earlier, Scale
 
+_B2 = 0.98  # as in the original
+
 
 class SASRecSystem:
     """See `efficientids.systems.base.System`."""
 
-    unread = EFFICIENTIDS_FLAGS | ITEM_KNN_FLAGS | LLAMA_FLAGS | {"max_seq_len", "precision", "pack_sequences"}
     may_change = frozenset({"model.dropout", "model.init_std"})
 
     def resolve(self, config: TrainConfig, scale: Scale) -> TrainConfig:
@@ -30,14 +31,12 @@ class SASRecSystem:
         if config.width % config.num_heads:
             raise UserError(f"--width {config.width}: does not divide among --num_heads {config.num_heads}")
         config = dataclasses.replace(
-            config,
+            base.resolve_batch(config, scale, 32),
             dropout=0.5 if config.dropout is None else config.dropout,
             init_std=config.init_std or 0.02,
-            precision="float32",
         )
-        return base.resolve_training(
-            config, scale, batch_size=32, learning_rate=1e-3, max_warmup=500, max_items=config.seq_len
-        )
+        buckets = base.buckets_of(config, config.seq_len)
+        return base.resolve_training(config, scale, buckets, learning_rate=1e-3, max_warmup=500)
 
     def headline(self, config: TrainConfig) -> str:
         """See `System.headline`."""
@@ -46,7 +45,7 @@ class SASRecSystem:
     def recommender(self, config: TrainConfig, dataset: Dataset, earlier: Earlier | None) -> SASRecRecommender:
         """See `System.recommender`."""
         return SASRecRecommender(
-            _spec(config, dataset.catalogue_size), base.training(config, config.seq_len, dataset, b2=0.98)
+            _spec(config, dataset.catalogue_size), base.training(config, config.seq_len, dataset, b2=_B2)
         )
 
     def weights(self, config: TrainConfig) -> Path | None:
@@ -59,7 +58,7 @@ class SASRecSystem:
 
     def planned(self, config: TrainConfig, scale: Scale) -> SASRecRecommender:
         """See `System.planned`."""
-        return SASRecRecommender(_spec(config, scale.num_items), base.training(config, config.seq_len, None))
+        return SASRecRecommender(_spec(config, scale.num_items), base.training(config, config.seq_len, None, b2=_B2))
 
     def restored(self, spec: Mapping[str, Any], config: TrainConfig, precision: str) -> SASRecRecommender:
         """See `System.restored`."""

@@ -69,6 +69,7 @@ def train(
         if not phases:
             metrics = validate(model)
             log.record({"event": "validation", "phase": "counted", "step": 0, **metrics})
+            log.say("validation: " + "  ".join(f"{name} {value:.4f}" for name, value in metrics.items()))
             checkpoints.save(0, nnx.state(model, options.saved), (), metrics, {"phase": "counted"})
         for phase in phases:
             program = build_program(model, phase, accumulation=options.accumulation, grad_clip=options.grad_clip)
@@ -142,7 +143,7 @@ class _Loop:
         total = self._first + step
         model = self._program.model(state)
         metrics = self._validate(model)
-        improved = metrics[BEST_METRIC] > self._best
+        improved = metrics[BEST_METRIC] >= self._best  # of equals the later one, as Orbax keeps it
         if improved:
             self._best, self._best_step = metrics[BEST_METRIC], step
         self._log.record({"event": "validation", "phase": self._phase.name, "step": total, **metrics})

@@ -45,7 +45,31 @@ def test_evaluate_command(trained: Trained, capsys: pytest.CaptureFixture[str]) 
         found = evaluated(run, capsys, "--split", "validation", "--step", str(line["step"]))
         assert found["metrics"]["ndcg@10"] == pytest.approx(line["ndcg@10"])
     assert evaluate_cli.main(["--run", str(run / "2")]) == 0
-    assert "leave-one-out, test: 60 users; ranked over the full catalogue, 30 items" in capsys.readouterr().out
+    text = capsys.readouterr().out
+    assert "leave-one-out, test: 60 users; ranked over the full catalogue, 30 items" in text
+    assert "order of interactions: rule as generated, tie-break none needed: times rise; history the model" in text
+
+
+def test_evaluate_refreshes_the_report(
+    trained: Trained, copy_of: Callable[[Path], Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = copy_of(trained(*FROZEN))
+    report = run / "report.html"
+    report.unlink()
+    asked = ["--run", str(run), "--split", "validation", "--seen", "keep"]
+    capsys.readouterr()
+    assert evaluate_cli.main(asked) == 0
+    assert f"refreshed {report}" in capsys.readouterr().err.splitlines()
+    assert "seen items: keep" in report.read_text()
+    report.unlink()
+    assert evaluate_cli.main([*asked, "--json"]) == 0
+    told = capsys.readouterr()
+    assert "refreshed" not in told.err and json.loads(told.out)["protocol"]["seen"] == "keep" and report.exists()
+    # A page that cannot be drawn is told, and the evaluation is there.
+    (run / "evaluation" / "test-keep-step1.json").write_text("{")
+    assert evaluate_cli.main(asked) == 0
+    told = capsys.readouterr()
+    assert "was not refreshed" in told.err and "test-keep-step1.json" in told.err and "seen items: keep" in told.out
 
 
 def recommended(run: Path, output: Path, *more: str) -> pl.DataFrame:

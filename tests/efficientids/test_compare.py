@@ -12,7 +12,7 @@ import pytest
 
 from efficientids.errors import UserError
 from efficientids.evaluation import compare_cli, of_run
-from efficientids.evaluation.bootstrap import holm, intervals, resampled_means, two_sided_p
+from efficientids.evaluation.bootstrap import holm, intervals, resampled_means, two_sided_p, wilson
 from efficientids.evaluation.compare import Entry, as_text, compare
 from efficientids.evaluation.evaluate import Evaluation, Rows
 from efficientids.evaluation.metrics import MISSED, ranking_metrics
@@ -79,6 +79,22 @@ def test_intervals_cover_the_truth_as_often_as_they_say() -> None:
         low, high = intervals(resampled_means(hits, np.arange(200), resamples=500))[0]
         held += low <= 0.3 <= high
     assert 0.91 <= held / 300 <= 0.985
+
+
+def test_wilson() -> None:
+    """Wilson's interval of 0 of 100, and of 10 of 40, from his formula's usual tables."""
+    assert wilson(0.0, 100) == pytest.approx((0, 0.03699), abs=1e-5)
+    assert wilson(1.0, 100) == pytest.approx((0.96301, 1), abs=1e-5)
+    assert wilson(0.25, 40) == pytest.approx((0.1419, 0.4019), abs=1e-4)
+
+
+def test_no_hit_at_all_is_not_certain() -> None:
+    """200 examples of 100 users: it is the users who are evidence."""
+    users = np.repeat(np.arange(100, dtype=np.int32), 2)
+    none = evaluation(np.full(200, MISSED), users=users).intervals
+    assert none["hr@10"] == none["ndcg@10"] == wilson(0, 100)
+    every = evaluation(np.ones(200, np.int64), users=users).intervals
+    assert every["hr@1"] == every["mrr@10"] == wilson(1, 100)
 
 
 def test_two_sided_p() -> None:
@@ -153,7 +169,14 @@ def test_other_examples_are_refused_and_another_history_is_not() -> None:
     ranks = ranks_of(0, 0.4)
     with pytest.raises(UserError, match="other examples"):
         compare(entries(evaluation(ranks), evaluation(ranks, users=np.arange(USERS) + 1)))
-    compare(entries(evaluation(ranks), evaluation(ranks, protocol={**PROTOCOL, "history": "newest 9 items"})))
+    same = entries(evaluation(ranks), evaluation(ranks))
+    line, *table = as_text(compare(same), same).splitlines()
+    assert "order of interactions: rule time" in line and "history the model looks at: newest 5 items" in line
+    assert not any("newest" in row for row in table)
+    other = entries(evaluation(ranks), evaluation(ranks, protocol={**PROTOCOL, "history": "newest 9 items"}))
+    line, _, head, first, second, *_ = as_text(compare(other), other).splitlines()
+    assert "newest" not in line and head.endswith("  history")
+    assert first.endswith("  newest 5 items") and second.endswith("  newest 9 items")
 
 
 def test_records_come_back_whole_or_not_at_all(tmp_path: Path) -> None:
@@ -176,6 +199,24 @@ def test_records_come_back_whole_or_not_at_all(tmp_path: Path) -> None:
     assert ranking_metrics(stored.rows.ranks, CUTOFFS).items() <= stored.metrics.items()
 
 
+def test_a_poorer_record_keeps_what_the_richer_had(tmp_path: Path) -> None:
+    stored = evaluation(ranks_of(0, 0.4))
+    rich = {"sampled": {"negatives": 100}, "groups": {"gender": [1], "history_length": [2]}, "run": "before"}
+    path = save_evaluation(tmp_path, 7, "test", stored, rich)
+    save_evaluation(tmp_path, 7, "test", stored, {"groups": {"history_length": [3]}, "run": "now"})
+    record = json.loads(path.read_text())
+    assert record["sampled"] == {"negatives": 100} and record["run"] == "now"
+    assert record["groups"] == {"gender": [1], "history_length": [3]}
+    # Of another data set or another model nothing is kept, and a damaged record is replaced.
+    for changed in (evaluation(ranks_of(0, 0.4), fingerprint="a" * 64), evaluation(ranks_of(1, 0.3))):
+        save_evaluation(tmp_path, 7, "test", stored, rich)
+        save_evaluation(tmp_path, 7, "test", changed, {"groups": {}})
+        assert "sampled" not in (record := json.loads(path.read_text())) and record["groups"] == {}
+    path.write_text("[1")
+    save_evaluation(tmp_path, 7, "test", stored, {})
+    assert json.loads(path.read_text())["metrics"] == stored.metrics
+
+
 @pytest.mark.usefixtures("quick_compile")
 def test_compare_command(trained: Trained, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """Two checkpoints of one run; the second time, nothing is ranked again."""
@@ -190,8 +231,12 @@ def test_compare_command(trained: Trained, capsys: pytest.CaptureFixture[str], m
     assert compare_cli.main([str(run), str(run / "4"), "--seen", "keep"]) == 0
     text = capsys.readouterr()
     assert f"{best_step(run)}" in text.out and "seen items: keep" in text.out and not text.err
-    with pytest.raises(UserError, match="at least 2 runs"):
+    with pytest.raises(UserError, match=f"two or more run folders, and only {run} is given"):
         compare_cli.main([str(run)])
+    with pytest.raises(UserError, match="two or more run folders, and none is given"):
+        compare_cli.main([])
+    with pytest.raises(UserError, match="--batch_size 0: at least 1"):
+        compare_cli.main([str(run), str(run / "4"), "--batch_size", "0"])
 
 
 @pytest.mark.usefixtures("quick_compile")

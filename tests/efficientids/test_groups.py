@@ -28,7 +28,7 @@ ITEMS, USERS, CUTOFFS = 40, 60, (1, 5, 10)
 
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
-    """Item 40 is in no training history; users have a gender (some none), an age, and a list."""
+    """Item 40 is in no training history; users have a gender (some none), an age, a city, and a list."""
     rng = np.random.default_rng(4)
     chances = 1 / np.arange(1, ITEMS)
     lengths = rng.integers(4, 60, USERS)
@@ -43,6 +43,7 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
             "gender": pl.Series(genders.tolist(), dtype=pl.String),
             "age": pl.Series([None, *range(20, 20 + USERS - 1)], dtype=pl.Int32),
             "tags": [["a"]] * USERS,
+            "city": [f"c{max(0, u - 19)}" if u < 35 else "c0" for u in range(USERS)],
         }
     )
     items = pl.DataFrame(
@@ -67,7 +68,7 @@ def found(dataset: Dataset, recommender: Table) -> Evaluation:
     return evaluate(recommender, nnx.Module(), dataset, "test", seen="keep", cutoffs=CUTOFFS)
 
 
-@pytest.mark.parametrize("table", ["history_length", "target_popularity", "gender", "age", "user_id"])
+@pytest.mark.parametrize("table", ["history_length", "target_popularity", "gender", "age", "city"])
 def test_groups_make_up_the_whole(dataset: Dataset, found: Evaluation, table: str) -> None:
     rows = group_tables(found, dataset, table if table in dataset.users.columns else None)[table]
     assert 1 < len(rows) <= 12
@@ -76,10 +77,14 @@ def test_groups_make_up_the_whole(dataset: Dataset, found: Evaluation, table: st
         mean = sum(row["examples"] * row["metrics"][name] for row in rows) / found.examples
         assert mean == pytest.approx(found.metrics[name])
         for row in rows:
-            low, high = row["intervals"][name]
-            assert low <= row["metrics"][name] <= high
+            assert (row["intervals"] is None) == (row["users"] < 30)
+            if row["intervals"] is not None:
+                low, high = row["intervals"][name]
+                assert low <= row["metrics"][name] <= high
     text = groups_as_text({table: rows})
-    assert len(text.splitlines()) == len(rows) + 1 and all(row["group"] in text for row in rows)
+    few = [row for row in rows if row["users"] < 30]
+    assert len(text.splitlines()) == len(rows) + 1 + bool(few) and all(row["group"] in text for row in rows)
+    assert text.count(" –") == 2 * len(few) and ("fewer than 30 users" in text) == bool(few)
     assert max(map(len, text.splitlines())) <= 120
 
 
@@ -95,7 +100,7 @@ def test_who_is_in_which_group(dataset: Dataset, found: Evaluation) -> None:
     ages = group_tables(found, dataset, "age")["age"]
     assert [row["users"] for row in ages] == [12, 12, 11, 12, 12, 1]
     assert [row["group"] for row in ages][::5] == ["20 to under 31.6", "no value"]
-    names = [row["group"] for row in group_tables(found, dataset, "user_id")["user_id"]]
+    names = [row["group"] for row in group_tables(found, dataset, "city")["city"]]
     assert names[-1] == "other values" and len(names) == 12
 
 
@@ -119,6 +124,8 @@ def test_columns_that_do_not_group_are_refused(dataset: Dataset, found: Evaluati
         group_tables(found, dataset, "sex")
     with pytest.raises(UserError, match="List"):
         group_tables(found, dataset, "tags")
+    with pytest.raises(UserError, match=r"user_id: 60 distinct values, and the commonest has 1 users .*gender, age"):
+        group_tables(found, dataset, "user_id")
 
 
 @pytest.mark.parametrize("seen", ["mask", "keep"])
@@ -168,5 +175,9 @@ def test_evaluate_keeps_groups_and_warns(trained: Trained, capsys: pytest.Captur
     rows = pl.read_parquet(run / "evaluation" / "validation-mask-step2.parquet")
     assert rows.columns == ["user", "target", "history_length", "rank"] and len(rows) == record["examples"]
     assert (rows["rank"].drop_nulls() <= 10).sum() / len(rows) == pytest.approx(record["metrics"]["hr@10"])
+    # A plain evaluation takes nothing of this away.
+    assert cli.main(["--run", str(run / "2"), "--split", "validation"]) == 0
+    again = json.loads((run / "evaluation" / "validation-mask-step2.json").read_text())
+    assert again == record
     with pytest.raises(UserError, match="--group_by nothing"):
         cli.main(["--run", str(run), "--group_by", "nothing"])

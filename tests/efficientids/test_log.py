@@ -14,7 +14,7 @@ import absl.logging
 import pytest
 
 from efficientids import log as log_module
-from efficientids.log import RunLog, duration, printable, quiet_libraries
+from efficientids.log import RunLog, duration, printable, progress, quiet_libraries
 from efficientids.tracking.trackers import Status
 
 METRICS = {"grad_norm": 2.0, "text_loss": 1.5, "input_wait": 0.25, "learning_rate": 5e-4, "loss": 3.0}
@@ -142,6 +142,15 @@ def test_libraries_speak_from_warning_on(capsys: pytest.CaptureFixture[str]) -> 
     assert "heard before" in said and "chatter" not in said
     for name in ("jax._src.dispatch", "orbax.checkpoint", "grain", "flax", "absl"):
         assert f"warning of {name}" in said
+
+
+def test_progress_names_what_it_counts() -> None:
+    stream = Terminal()
+    show = progress("evaluated", "examples", stream)
+    show(1, 1200)
+    show(1200, 1200)
+    assert stream.getvalue().startswith("\revaluated 1/1,200 examples  ETA ")
+    assert stream.getvalue().endswith("\revaluated 1,200/1,200 examples  ETA 0s   \n")
 
 
 @pytest.mark.parametrize(("seconds", "text"), [(3661, "1h01m"), (75, "1m15s"), (9.2, "9s"), (0, "0s")])

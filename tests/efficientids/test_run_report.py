@@ -102,6 +102,13 @@ def test_what_the_report_tells(folder: RunFolder, tiny_data: Dataset) -> None:
     assert "no intervals" not in text and "Recommendations that" not in text
 
 
+def test_a_small_group_has_no_interval(folder: RunFolder) -> None:
+    group = {"group": "1–4", "examples": 7, "users": 7, "metrics": {"hr@10": 0.25}, "intervals": None}
+    store_evaluation(folder, groups={"history_length": [group]})
+    text = read(run_report.to_html(folder)).text
+    assert "no interval for fewer than 30 users" in text and "0.2500 (" not in text and "0.2500" in text
+
+
 def test_each_metric_has_its_curve(folder: RunFolder) -> None:
     plots = {plot.title: plot for plot in curves(read_metrics(folder.metrics))}
     assert list(plots) == [
@@ -200,7 +207,8 @@ def test_samples_are_kept_and_shown(folder: RunFolder, tiny_data: Dataset) -> No
     html = run_report.to_html(folder)
     text = check_static(html).text
     assert "who chose A <i>title</i> – 天" in text
-    assert f"{samples['missed']:,} ({samples['missed'] / samples['examined']:.1%}) did not have it among the 4" in text
+    told = text[text.index("Users were looked at") : text.index("the metrics do.")]
+    assert "without it among the 4" in told and "%" not in told and str(samples["examined"]) not in told
     assert text.count("← chosen next") == 2 and text.count("the target is not among them") == 2
 
 

@@ -13,11 +13,12 @@ import pytest
 import yaml
 
 from efficientids import systems
+from efficientids.config import parse
 from efficientids.data.dataset import Dataset
 from efficientids.errors import UserError
 from efficientids.evaluation.cli import main as evaluate
 from efficientids.loading import open_run
-from efficientids.options import RunOptions, TrainConfig
+from efficientids.options import READS, RunOptions, TrainConfig
 from efficientids.planning.memory import estimate
 from efficientids.recommenders.base import Histories
 from efficientids.serving.cli import main as recommend
@@ -43,10 +44,12 @@ def runs(tmp_path_factory: pytest.TempPathFactory, tiny_data: Dataset) -> dict[s
 
 def test_every_name_has_a_system() -> None:
     assert set(NAMES) == {"efficientids", "sasrec", "item_knn", "popularity"}
+    known = {field.name for field in dataclasses.fields(TrainConfig)}
+    assert set(READS) == set(NAMES)
     for name in NAMES:
-        assert systems.get(name).unread.isdisjoint({"recommender", "data_dir", "checkpoint_dir"})
-        known = {field.name for field in dataclasses.fields(TrainConfig)}
-        assert systems.get(name).unread <= known
+        assert systems.get(name) is not None
+        assert {"recommender", "data_dir", "checkpoint_dir"} <= READS[name] <= known
+    assert frozenset.union(*READS.values()) == known  # no flag that nothing reads
 
 
 @pytest.mark.parametrize("name", ["sasrec", "item_knn", "popularity"])
@@ -70,6 +73,24 @@ def test_a_counted_run_says_so(runs: dict[str, Path]) -> None:
     (line,) = events(runs["item_knn"], "validation")
     assert line["phase"] == "counted" and line["step"] == 0
     assert not events(runs["item_knn"], "step")
+
+
+@pytest.mark.parametrize("name", ["sasrec", "item_knn", "popularity"])
+def test_the_written_configuration_trains_again(name: str, runs: dict[str, Path], tiny_data: Dataset) -> None:
+    """What a run folder's config.yaml says is taken as it stands: nothing refused, nothing resolved anew."""
+    config = parse(["--config", str(runs[name] / "config.yaml")])
+    refuse_unread(config)
+    assert systems.get(name).resolve(config, Scale.of(tiny_data)) == config
+
+
+def test_an_epoch_of_packed_rows_is_an_epoch(tiny_data: Dataset) -> None:
+    """With several histories a row an epoch has fewer steps; --epochs counts those."""
+    system, scale = systems.get("efficientids"), Scale.of(tiny_data)
+    config = system.resolve(TrainConfig(pack_sequences=True, epochs=3, batch_size=4, seq_len=40), scale)
+    (phase,) = system.recommender(config, tiny_data, None).plan()
+    assert config.num_steps == 3 * phase.steps_per_epoch < 3 * 60 / 4
+    with pytest.raises(UserError, match="--length_buckets 2: rows of --pack_sequences have one shape"):
+        system.resolve(TrainConfig(pack_sequences=True, length_buckets=2), scale)
 
 
 def test_sasrec_trains_in_every_bucket(runs: dict[str, Path]) -> None:
@@ -103,7 +124,7 @@ def test_sasrec_goes_on_from_a_checkpoint(runs: dict[str, Path], tiny_data: Data
 def test_a_flag_that_would_do_nothing_is_refused(recommender: typing.Any, flag: str, value: typing.Any) -> None:
     config = dataclasses.replace(TrainConfig(recommender=recommender), **{flag: value})
     with pytest.raises(UserError, match=f"--{flag} has no meaning with --recommender {recommender}"):
-        refuse_unread(config, systems.get(recommender))
+        refuse_unread(config)
 
 
 def test_a_plan_of_each() -> None:

@@ -207,7 +207,7 @@ def test_what_the_llama_cannot_take(line: str, message: str) -> None:
 
 def test_a_resolved_configuration_goes_through_its_file(tmp_path: Path) -> None:
     given = "--num_clusters 5 --freeze_llama --learning_rate 3e-7 --data_dir d --load_checkpoint r/7 --init_std 0.01"
-    config = resolved(given, Scale(path=Path("d")))
+    config = resolved(given, Scale())
     file = tmp_path / "config.yaml"
     file.write_text(yaml.safe_dump(to_mapping(config), sort_keys=False))
     assert parse(["--config", str(file)]) == config

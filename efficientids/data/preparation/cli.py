@@ -6,7 +6,7 @@ import dataclasses
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import tyro
 
@@ -18,10 +18,9 @@ from efficientids.data.preparation.progress import Progress
 from efficientids.data.preparation.report import DataReport
 from efficientids.data.preparation.splits import TimeSplit, parse_time
 from efficientids.data.preparation.users import salt_from_environment
-from efficientids.data.preparation.workplace import recover, workplace
+from efficientids.data.preparation.workplace import check_destination, recover, tidy, workplace
 from efficientids.data.sources import SourceOptions, open_source
 from efficientids.data.sources.base import MAX_BAD_SHARE, BadRows, Source
-from efficientids.data.writing import check_destination
 from efficientids.errors import UserError
 
 
@@ -104,26 +103,32 @@ def prepare(config: PrepareConfig) -> int:
     recover(config.output.resolve())
     check_destination(config.output, overwrite=True)  # before the long work: nobody's files are in the way
     if config.source == "generated":
-        report, made = _generated(config)
+        report, last = _generated(config)
     else:
-        report, made = _from_source(config)
+        report, last = _from_source(config)
     if config.json:
         print(report.to_json())
         return 0
-    last = f"Written to {config.output}"
-    if not made:
-        last = f"{config.output} holds this already (same input, same flags); nothing was done"
     print(f"{report.to_text()}\n{last}")
     return 0
 
 
-def _generated(config: PrepareConfig) -> tuple[DataReport, bool]:
+def _held_already(config: PrepareConfig, asked: dict[str, Any]) -> tuple[DataReport, str] | None:
+    """Report and last line where --output holds what is asked for; its page is made again where it is missing."""
+    report = None if config.overwrite else request.prepared_already(config.output, asked)
+    if report is None:
+        return None
+    tidy(config.output)
+    done = f"{layout.PAGE} was missing and is made again" if request.page_again(config.output, report) else None
+    return report, f"{config.output} holds this already (same input, same flags); {done or 'nothing was done'}"
+
+
+def _generated(config: PrepareConfig) -> tuple[DataReport, str]:
     _refuse(config, {"output", "source", "seed", "overwrite", "json"})
     seed = config.seed or 0
     asked = request.describe_generated(seed)
-    report = None if config.overwrite else request.prepared_already(config.output, asked)
-    if report is not None:
-        return report, False
+    if (held := _held_already(config, asked)) is not None:
+        return held
     check_destination(config.output, config.overwrite)
     data = generated.generate(seed)
     data = dataclasses.replace(data, contents=dataclasses.replace(data.contents, request=asked))
@@ -131,10 +136,10 @@ def _generated(config: PrepareConfig) -> tuple[DataReport, bool]:
     from efficientids.data.preparation import report_page  # it loads a plotting library
 
     data.write(config.output, beside=report_page.files(report), overwrite=config.overwrite)
-    return report, True
+    return report, f"Written to {config.output}"
 
 
-def _from_source(config: PrepareConfig) -> tuple[DataReport, bool]:
+def _from_source(config: PrepareConfig) -> tuple[DataReport, str]:
     without = {"seed"} if config.source == "movielens" else {"seed", "download", "archive"}
     _refuse(config, {field.name for field in dataclasses.fields(config)} - without)
     if not 0 <= config.max_bad_share <= 1:
@@ -144,20 +149,20 @@ def _from_source(config: PrepareConfig) -> tuple[DataReport, bool]:
         _download(config)
     source = open_source(config.source, config.input, config.items, config.columns)
     recipe = recipe_of(config, source)
-    asked = request.describe(source, config.columns, recipe, progress)
-    report = None if config.overwrite else request.prepared_already(config.output, asked)
-    if report is not None:
-        return report, False
+    asked = request.describe(source, config.columns, recipe, config.max_bad_share, progress)
+    if (held := _held_already(config, asked)) is not None:
+        return held
     check_destination(config.output, config.overwrite)
+    bad = BadRows(config.max_bad_share, secret=config.hash_users)
     output = config.output.resolve()
     try:
         with workplace(output, asked["fingerprint"][:16]) as place:
-            folder = prepare_files(source, recipe, place, asked, BadRows(config.max_bad_share), progress)
+            folder = prepare_files(source, recipe, place, asked, bad, progress)
             report = DataReport.from_json((folder / layout.REPORT).read_text(encoding="utf-8"))
-            place.put(folder, output)
+            place.put(folder, output, config.overwrite)
     except OSError as error:
         raise UserError(f"{config.output}: cannot be made ({error}); nothing there was changed") from error
-    return report, True
+    return report, f"Written to {config.output}"
 
 
 def _download(config: PrepareConfig) -> None:

@@ -17,7 +17,7 @@ import polars as pl
 
 from efficientids.data.preparation.progress import Progress
 from efficientids.data.preparation.users import hash_ids
-from efficientids.data.sources.base import BadRow, BadRows, Source
+from efficientids.data.sources.base import BadRows, Source
 from efficientids.errors import UserError
 
 USER, ITEM, TIME, SPLIT = "user", "item", "time", "split"
@@ -31,7 +31,7 @@ USERS, ITEMS, USER_TABLE = "user_ids.parquet", "item_ids.parquet", "user_table.p
 TITLED = "titled.npy"  # bool by item code: the item table has a title for it
 ITEM_TABLE = "item_table"  # folder of parquet files: `code` and what is known of the item
 
-_INTEGER = r"^-?\d{1,18}$"  # fits int64
+_INTEGER = r"^-?[0-9]{1,18}$"  # fits int64
 _SHOWN = 5
 
 
@@ -81,9 +81,11 @@ class SpoolOptions:
 def spool(source: Source, options: SpoolOptions, folder: Path, bad: BadRows, progress: Progress) -> dict[str, Any]:
     """Reads the whole source into `folder`: a raw file for each of `COLUMNS`, ids by code, the tables.
 
-    Returns facts as JSON values: rows `read`, `rows` kept and rows that `min_rating` took, whether there is an item
-    table (`has_items`), `bad_rows` and the reader's `notes`. Raises UserError for what the readers refuse, and for
-    `min_rating` where no row has a rating.
+    Returns facts as JSON values: rows `read`, `rows` kept and rows that `min_rating` took, the item table's size and
+    what of the log it knows (`item_table`; None where there is none), `bad_rows` and the reader's `notes`.
+
+    Raises UserError for what the readers refuse, for `min_rating` where no row has a rating, and for an item table that
+    knows no item of the log.
     """
     users, items = IdCodes(), IdCodes()
     kept = read = rated = 0
@@ -102,7 +104,8 @@ def spool(source: Source, options: SpoolOptions, folder: Path, bad: BadRows, pro
     if options.min_rating is not None and read and not rated:
         raise UserError("--min_rating: no row of the source has a rating; leave it out, or name --rating_column")
     in_log = len(items.ids())
-    has_items = _spool_items(source.items(bad), items, folder, in_log, options.whole_table)
+    item_table = _spool_items(source.items(bad), items, folder, in_log, options.whole_table)
+    _check_matches(item_table, items, in_log)
     _spool_users(source.users(bad), folder, options.salt)
     pl.DataFrame({"id": users.ids()}).write_parquet(folder / USERS)
     pl.DataFrame({"id": items.ids()}).write_parquet(folder / ITEMS)
@@ -110,15 +113,10 @@ def spool(source: Source, options: SpoolOptions, folder: Path, bad: BadRows, pro
         "rows": kept,
         "read": read,
         "min_rating": read - kept,
-        "has_items": has_items,
-        "bad_rows": {"count": bad.count, "first": [_described(row, options.salt) for row in bad.first]},
+        "item_table": item_table,
+        "bad_rows": {"count": bad.count, "first": [str(row) for row in bad.first]},
         "notes": list(source.notes),
     }
-
-
-def _described(row: BadRow, salt: bytes | None) -> str:
-    # A reason quotes what stands in the row, which may be a user's id.
-    return str(row) if salt is None else f"{row.file}:{row.line}: (not shown, as --hash_users is given)"
 
 
 def _encoded(
@@ -133,25 +131,44 @@ def _encoded(
     return columns
 
 
-def _spool_items(chunks: Iterator[pl.DataFrame], items: IdCodes, folder: Path, in_log: int, whole: bool) -> bool:
-    """Writes what the item table knows of items of the log (`whole`: of all items) and which have a title."""
+def _spool_items(
+    chunks: Iterator[pl.DataFrame], items: IdCodes, folder: Path, in_log: int, whole: bool
+) -> dict[str, int] | None:
+    """Writes what the item table knows of items of the log (`whole`: of all items) and which have a title.
+
+    Returns how many `items` the table has, and how many of the log's are `known` to it; None without a table.
+    """
     (folder / ITEM_TABLE).mkdir()
     titled = np.zeros(in_log, bool)
+    size = matched = 0
     any_chunk = False
     known = pl.DataFrame({"item_id": items.ids()}).with_row_index("code")
     for number, chunk in enumerate(chunks):
         any_chunk = True
+        size += len(chunk)
         if whole:
             chunk = chunk.with_columns(pl.Series("code", items.encode(chunk["item_id"])))
             titled = np.pad(titled, (0, max(0, len(items.ids()) - len(titled))))
         else:
             chunk = chunk.join(known, on="item_id", how="inner", maintain_order="left")
+        matched += int((chunk["code"] < in_log).sum())
         if "title" in chunk.columns:
             has_title = chunk["title"].is_not_null() & (chunk["title"] != "")
             titled[chunk["code"].to_numpy()[has_title.fill_null(False).to_numpy()]] = True
         chunk.drop("item_id").write_parquet(folder / ITEM_TABLE / f"{number:06d}.parquet")
     np.save(folder / TITLED, titled)
-    return any_chunk
+    return {"items": size, "known": matched} if any_chunk else None
+
+
+def _check_matches(item_table: dict[str, int] | None, items: IdCodes, in_log: int) -> None:
+    if item_table is None or item_table["known"] or not in_log:
+        return
+    shown = ", ".join(repr(item) for item in items.ids().head(3))
+    raise UserError(
+        f"--items: none of the item table's {item_table['items']:,} ids is in the log, whose items are {shown}, …; "
+        "give the table that belongs to the log, name its column of ids with --item_id_column, or shift them with "
+        "--item_id_offset"
+    )
 
 
 def _spool_users(table: pl.DataFrame | None, folder: Path, salt: bytes | None) -> None:

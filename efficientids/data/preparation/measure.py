@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from efficientids.data.layout import Contents, user_blocks
+from efficientids.data.layout import MIN_HELD_OUT, Contents, user_blocks
 
 _POINTS = 100  # of the popularity curve, after its origin
 
@@ -39,6 +39,42 @@ def histories(contents: Contents) -> Histories:
             months.update(dict(zip(month.astype(np.int64).tolist(), counts.tolist(), strict=True)))
     by_month = [(str(np.datetime64(month, "M")), months[month]) for month in sorted(months)]
     return Histories(item_rows, tied, repeats, by_month)
+
+
+class Targets(NamedTuple):
+    """By split: targets whose item no training row has; targets that a row of their own history is later than."""
+
+    cold: dict[str, int]
+    misplaced: dict[str, int]
+
+
+def targets(contents: Contents) -> Targets:
+    """Two passes over the rows of `contents`; holds a flag by item and one block of users."""
+    train_lengths = np.diff(contents.offsets)
+    if contents.held_out is None:
+        train_lengths = np.where(train_lengths >= MIN_HELD_OUT, train_lengths - 2, train_lengths)
+        ends, short = contents.offsets[1:], np.diff(contents.offsets) < MIN_HELD_OUT
+        held = {"validation": (ends - 2)[~short], "test": (ends - 1)[~short]}
+    else:
+        train_lengths = contents.held_out.train_lengths
+        held = {"validation": contents.held_out.validation_rows, "test": contents.held_out.test_rows}
+    trained = np.zeros(len(contents.items) + 1, bool)
+    late: list[np.ndarray] = [np.zeros(0, np.int64)]
+    for users, rows in _blocks(contents.offsets):
+        place = np.arange(rows.start, rows.stop) - contents.offsets[users]
+        trained[contents.item_ids[rows][place < train_lengths[users]]] = True
+        if contents.timed:
+            times = np.array(contents.timestamps[rows])
+            # A later user's times are lifted above an earlier one's, so that one running maximum serves all.
+            times -= np.min(times)
+            times += (users - users[0]) * (np.max(times) + 1)
+            latest = np.maximum.accumulate(times)
+            late.append(rows.start + 1 + np.flatnonzero((latest[:-1] > times[1:]) & (place[1:] > 0)))
+    late_rows = np.concatenate(late)
+    return Targets(
+        {split: int((~trained[contents.item_ids[rows]]).sum()) for split, rows in held.items()},
+        {split: int(np.isin(rows, late_rows).sum()) for split, rows in held.items()},
+    )
 
 
 def length_histogram(lengths: np.ndarray) -> list[tuple[int, int, int]]:

@@ -49,8 +49,8 @@ _SPOOL, _ORDER, _CORE, _DATASET = "spool", "order", "core", "dataset"
 class Recipe:
     """What is done to a log. `salt`: of the hashes of user ids; None keeps the ids. `split`: a rule of `layout`.
 
-    `catalogue` None: the whole item table where the source comes filtered (its default core is 0) and neither core nor
-    min_rating takes anything out; else the items with an interaction.
+    `catalogue` None: the whole item table where the source comes filtered (its default core is 0) and no filter is
+    asked for; else the items with an interaction.
     """
 
     core: int = 0
@@ -72,7 +72,9 @@ class Recipe:
     def whole_table(self, source: Source) -> bool:
         """Whether the catalogue is the whole item table, should there be one."""
         if self.catalogue is None:
-            return source.default_core == 0 and self.core <= 1 and self.min_rating is None
+            return source.default_core == 0 and not any(
+                value not in (None, "error") for value in self.filters().values()
+            )
         return self.catalogue == "table"
 
     def filters(self) -> dict[str, Any]:
@@ -101,19 +103,20 @@ def prepare_files(
     spooled = place.path / _SPOOL
     if facts["rows"] == 0:
         raise _nothing_left(source, facts["read"], {"min_rating": facts["min_rating"]})
-    keep_item = encode.check_titles(spooled, recipe.missing_title, facts["has_items"])
-    if recipe.catalogue == "table" and not facts["has_items"]:
+    has_items = facts["item_table"] is not None
+    keep_item = encode.check_titles(spooled, recipe.missing_title, has_items)
+    if recipe.catalogue == "table" and not has_items:
         raise UserError("--catalogue table: the source has no item table; give --items, or leave it out")
     user_rank, _ = encode.ranks(pl.read_parquet(spooled / encode.USERS)["id"])
     item_rank, item_order = encode.ranks(pl.read_parquet(spooled / encode.ITEMS)["id"])
-    _ordered(place, recipe, Ranking(user_rank, item_rank, keep_item), progress)
+    _ordered(place, recipe, source, Ranking(user_rank, item_rank, keep_item), progress)
     left = _core(place, recipe, len(item_rank), progress)
     dropped = _dropped(recipe, facts, left)
     if not left.user_rows.any():
         raise _nothing_left(source, facts["read"], dropped)
     folder = place.folder(_DATASET)
     progress.say("writing the data set")
-    whole_table = recipe.whole_table(source) and facts["has_items"]
+    whole_table = recipe.whole_table(source) and has_items
     items = item_table(spooled, item_rank, left, keep_item, whole_table)
     compact(left, items["rank"].to_numpy(), folder)
     contents = Contents(
@@ -131,14 +134,14 @@ def prepare_files(
         request=request,
     )
     contents = _split(contents, recipe, left)
-    report = DataReport.of(contents, dropped, facts["bad_rows"], facts["notes"])
+    report = DataReport.of(contents, dropped, facts["bad_rows"], facts["notes"], facts["item_table"])
     from efficientids.data.preparation import report_page  # it loads a plotting library
 
     fill(folder, contents, beside=report_page.files(report))
     return folder
 
 
-def _ordered(place: Workplace, recipe: Recipe, ranking: Ranking, progress: Progress) -> None:
+def _ordered(place: Workplace, recipe: Recipe, source: Source, ranking: Ranking, progress: Progress) -> None:
     if place.facts(_ORDER) is not None:
         return
     folder = place.folder(_ORDER)
@@ -147,7 +150,7 @@ def _ordered(place: Workplace, recipe: Recipe, ranking: Ranking, progress: Progr
         ranking,
         folder,
         by_time=recipe.order == "time",
-        by_split=recipe.split != layout.TIME,
+        by_split=_by_split(recipe, source),
         drop_repeats=recipe.repeats == "drop_immediate",
         progress=progress,
     )
@@ -200,8 +203,13 @@ def _nothing_left(source: Source, read: int, dropped: dict[str, int]) -> UserErr
     )
 
 
+def _by_split(recipe: Recipe, source: Source) -> bool:
+    """Whether training rows come first, whatever their times: for a given split, and where only it tells an order."""
+    return source.presplit and (recipe.split == layout.GIVEN or not source.timed)
+
+
 def _describe_order(recipe: Recipe, source: Source, item_order: str) -> dict[str, str]:
-    first = {"first": "train, validation, test"} if source.presplit and recipe.split != layout.TIME else {}
+    first = {"first": "train, validation, test"} if _by_split(recipe, source) else {}
     if recipe.order == "file":
         return {**first, "rule": "file", "tie_break": "none: rows as they stood in the file"}
     return {**first, "rule": "time", "tie_break": f"external item id, {item_order}"}

@@ -15,7 +15,8 @@ from efficientids.data.preparation import measure, splits
 
 @dataclasses.dataclass(frozen=True)
 class DataReport:
-    """Counts of users, items and interactions; lengths are interactions a user; density and shares are fractions.
+    """Counts of users, items and interactions; lengths are interactions a user; shares and the density (of distinct
+    pairs of user and item) are fractions.
 
     `num_users`, `num_items` (with an interaction), `catalogue_size` and `num_interactions` are the manifest's names of
     `users`, `items`, `catalogue` and `interactions`, and are written beside them.
@@ -26,6 +27,8 @@ class DataReport:
     taken out, by filter. `bad_rows`: unreadable rows. `notes`: what the reader chose by itself, in words.
     `length_histogram`: (low, high, users), both ends included. `popularity`: (share of items, share of interactions),
     the most popular first, at most 101 points. `by_month`: (month such as "2000-12", interactions), if there are times.
+    `item_table`: how many `items` it has and how many of the log's are `known` to it; None without one. By split:
+    `cold_targets`, whose item no training row has; `misplaced_targets`, with a row later than themselves before them.
     """
 
     name: str
@@ -54,6 +57,9 @@ class DataReport:
     length_histogram: Sequence[tuple[int, int, int]]
     popularity: Sequence[tuple[float, float]]
     by_month: Sequence[tuple[str, int]]
+    item_table: Mapping[str, int] | None = None
+    cold_targets: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    misplaced_targets: Mapping[str, int] = dataclasses.field(default_factory=dict)
 
     @classmethod
     def of(
@@ -62,11 +68,12 @@ class DataReport:
         dropped: Mapping[str, int] | None = None,
         bad_rows: Mapping[str, Any] | None = None,
         notes: Sequence[str] = (),
+        item_table: Mapping[str, int] | None = None,
     ) -> DataReport:
         """Measures `contents`, block by block; what the reader and the filters did before is told by the others."""
         lengths = np.diff(contents.offsets)
         n = len(contents.item_ids)
-        found = measure.histories(contents)
+        found, targets = measure.histories(contents), measure.targets(contents)
         untitled = len(contents.items)
         if "title" in contents.items.columns:
             untitled = contents.items["title"].replace("", None).null_count()
@@ -81,7 +88,7 @@ class DataReport:
             length_median=float(np.median(lengths)),
             length_mean=float(lengths.mean()),
             length_max=int(lengths.max()),
-            density=n / (len(lengths) * len(contents.items)),
+            density=(n - found.repeats) / (len(lengths) * len(contents.items)),
             timed=contents.timed,
             tied_share=found.tied / n,
             repeats=found.repeats,
@@ -97,6 +104,9 @@ class DataReport:
             length_histogram=measure.length_histogram(lengths),
             popularity=measure.popularity_curve(found.item_rows),
             by_month=found.by_month,
+            item_table=item_table,
+            cold_targets=targets.cold,
+            misplaced_targets=targets.misplaced,
         )
 
     @classmethod
@@ -137,7 +147,12 @@ class DataReport:
         ]
         lines += [f"  dropped        {rows:,} rows by {name}" for name, rows in self.dropped.items()]
         lines += self._split_lines()
-        if self.untitled_items:
+        if self.item_table is not None:
+            further = self.item_table["items"] - self.item_table["known"]
+            lines.append(
+                f"  item table     knows {self.item_table['known']:,} items of the log, and {further:,} others"
+            )
+        if self.item_table is not None and self.untitled_items:
             lines.append(f"  untitled       {self.untitled_items:,} items have no title")
         lines += [f"  note           {note}" for note in self.notes]
         if self.bad_rows["count"]:
@@ -151,7 +166,13 @@ class DataReport:
         if "test_start" in split:
             validation, test = (np.datetime64(split[f"{part}_start"], "s") for part in ("validation", "test"))
             rule += f", validation from {validation}, test from {test}"
-        lines = [
+        lines = []
+        if any(self.misplaced_targets.values()):
+            lines.append(
+                f"  WARNING        {_by_split(self.misplaced_targets)} targets come before a row of their own history: "
+                "the split contradicts the times, and what is later is known in training"
+            )
+        lines += [
             f"  split          {rule}: {split['train']:,} rows train, {split['validation']:,} targets of "
             f"{split['validation_users']:,} users validate, {split['test']:,} of {split['test_users']:,} test"
         ]
@@ -162,6 +183,8 @@ class DataReport:
             )
         elif self.train_only_users:
             lines.append(f"  no target      {self.train_only_users:,} users are never evaluated")
+        if any(self.cold_targets.values()):
+            lines.append(f"  cold targets   {_by_split(self.cold_targets)} targets are items that no training row has")
         without = split.get("without_history", {})
         if any(without.values()):
             lines.append(
@@ -172,6 +195,10 @@ class DataReport:
 
 
 _CATALOGUE = {"interactions": "those with an interaction", "table": "the whole item table"}
+
+
+def _by_split(counts: Mapping[str, int]) -> str:
+    return " and ".join(f"{count:,} {split}" for split, count in counts.items())
 
 
 def _facts(facts: Mapping[str, Any]) -> str:

@@ -75,10 +75,11 @@ def _numbers(report: DataReport) -> dict[str, Cell]:
         "density": f"{report.density:.4%}",
         "interactions of a user": f"{report.length_min} to {report.length_max}, median {report.length_median:g}, "
         f"mean {report.length_mean:.1f}",
-        "rows that share their time with another of the user": f"{report.tied_share:.1%}",
+        **({"rows that share their time with another of the user": f"{report.tied_share:.1%}"} if report.timed else {}),
         "rows that repeat an item of the user": report.repeats,
         "items without a title": report.untitled_items,
         "users who are never evaluated": report.train_only_users,
+        **{f"{split} targets that no training row has": count for split, count in report.cold_targets.items()},
     }
 
 

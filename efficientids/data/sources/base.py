@@ -40,10 +40,11 @@ class BadRows:
 
     Args:
         max_share: of a file's rows that may be unusable; more and `checked` refuses the file.
+        secret: say where bad rows are, not what stands in them: a reason may quote a user's id.
     """
 
-    def __init__(self, max_share: float = MAX_BAD_SHARE) -> None:
-        self.max_share = max_share
+    def __init__(self, max_share: float = MAX_BAD_SHARE, *, secret: bool = False) -> None:
+        self.max_share, self._secret = max_share, secret
         self.count = 0
         self._of_file: dict[Path, tuple[int, list[BadRow]]] = {}
 
@@ -54,6 +55,8 @@ class BadRows:
 
     def add(self, file: Path, line: int, reason: str) -> None:
         """Notes an unusable row of `file`."""
+        if self._secret:
+            reason = "(not shown, as --hash_users is given)"
         count, first = self._of_file.get(file, (0, []))
         if len(first) < SHOWN_BAD_ROWS or line < first[-1].line:
             first = sorted([*first, BadRow(file.name, line, reason)], key=lambda row: row.line)[:SHOWN_BAD_ROWS]

@@ -34,7 +34,10 @@ class JsonLinesFile:
     def open(path: Path, *, literals: bool = False) -> JsonLinesFile:
         """Raises UserError when the first line holds no object."""
         parse = parse_literal if literals else parse_json
-        first = parse(decoded(path, first_line(path)))
+        line = decoded(path, first_line(path))
+        if line.lstrip().startswith("["):
+            raise UserError(f"{path}: a JSON array; write one object a line (with jq: `jq -c '.[]' {path.name}`)")
+        first = parse(line)
         if isinstance(first, str):
             raise UserError(f"{path}:1: {first}; expected one object a line")
         # Later lines may have fields that the first one lacks.

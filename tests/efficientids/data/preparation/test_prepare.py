@@ -10,6 +10,7 @@ import numpy as np
 import polars as pl
 import pytest
 
+from efficientids.data import layout
 from efficientids.data.dataset import Dataset
 from efficientids.data.preparation import cli
 from efficientids.data.preparation.core_filter import k_core
@@ -171,7 +172,7 @@ def test_the_catalogue_is_the_table_where_the_data_come_filtered(tmp_path: Path)
     told = prepared(tmp_path, filtered, Recipe(catalogue="interactions"), "told")
     assert told.items["item_id"].to_list() == ["a", "b", "c", "d"]
     titled = prepared(tmp_path, filtered, Recipe(missing_title="drop"), "titled")
-    assert titled.items["item_id"].to_list() == ["a", "c", "z"]
+    assert titled.items["item_id"].to_list() == ["a", "c"]  # a filter was asked for: items with an interaction
     assert (
         prepared(tmp_path, Log(TITLED_ROWS, default_core=0), Recipe(), "bare").manifest["catalogue"] == "interactions"
     )
@@ -237,7 +238,7 @@ def test_given_split(tmp_path: Path) -> None:
     by_time = prepared(tmp_path, log, Recipe(split="time", time_split=TimeSplit(3, 6)), "time")
     assert external(by_time)["u"] == ["c", "d", "b", "a"]
     last_out = prepared(tmp_path, log, Recipe(), "last out")
-    assert external(last_out)["u"] == ["b", "a", "d", "c"] and last_out.held_out is None
+    assert external(last_out)["u"] == ["c", "d", "b", "a"] and last_out.held_out is None
 
 
 def test_the_size_of_chunks_and_blocks_leaves_no_trace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -301,3 +302,37 @@ def test_the_order_within_a_second_is_kept(tmp_path: Path) -> None:
     dataset = Dataset.open(tmp_path / "d")
     assert [dataset.items["item_id"][int(i) - 1] for i in dataset.item_ids] == ["b", "a"]
     assert dataset.timestamps.tolist() == [978300760, 978300760]
+
+
+def test_leave_one_out_of_data_with_a_split_column_goes_by_time(tmp_path: Path) -> None:
+    """Asked for by name, it takes the last item, whatever the split column says."""
+    log = Log([("u", "a", 5, 1), ("u", "b", 5, 2), ("u", "c", 5, 3), ("u", "d", 5, 4)], split=[2, 0, 1, 0])
+    dataset = prepared(tmp_path, log, Recipe(split=layout.LEAVE_ONE_OUT))
+    assert external(dataset) == {"u": ["a", "b", "c", "d"]}
+    assert "first" not in dataset.manifest["order"]
+    given = prepared(tmp_path / "given", log, Recipe(split=layout.GIVEN))
+    assert external(given) == {"u": ["b", "d", "c", "a"]}
+    report = json.loads((given.path / "report.json").read_text())
+    assert report["misplaced_targets"] == {"validation": 1, "test": 1}
+
+
+def test_targets_that_never_train_are_counted(tmp_path: Path) -> None:
+    rows: list[Row] = [("u", "a", 5, 1), ("u", "b", 5, 2), ("u", "new", 5, 3), ("v", "a", 5, 1), ("v", "b", 5, 2)]
+    dataset = prepared(tmp_path, Log([*rows, ("v", "a", 5, 3)]), Recipe())
+    report = json.loads((dataset.path / "report.json").read_text())
+    # u: b validates, new tests; v: b validates, a tests; a alone is trained on.
+    assert report["cold_targets"] == {"validation": 2, "test": 1}
+    assert report["misplaced_targets"] == {"validation": 0, "test": 0}
+
+
+def test_an_item_table_of_another_log_is_refused_and_its_reach_is_told(tmp_path: Path) -> None:
+    rows: list[Row] = [("u", "a", 5, 1), ("u", "b", 5, 2), ("v", "a", 5, 3)]
+    with pytest.raises(UserError, match="none of the item table's 2 ids is in the log, whose items are 'a', 'b'"):
+        prepared(tmp_path / "other", Log(rows, titles={"x": "X", "y": "Y"}), Recipe())
+    dataset = prepared(tmp_path / "own", Log(rows, titles={"a": "A", "z": "Z", "y": "Y"}), Recipe())
+    report = json.loads((dataset.path / "report.json").read_text())
+    assert report["item_table"] == {"items": 3, "known": 1}
+
+
+def test_ids_in_other_scripts_digits_are_text(tmp_path: Path) -> None:
+    assert ordered_ids(pl.Series(["٣", "10", "9"]))[1] == "lexicographic"

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import IO
 
 import pytest
 
@@ -17,7 +20,7 @@ from efficientids.data.preparation.cli import main
 from efficientids.data.preparation.core_filter import k_core
 from efficientids.data.preparation.prepare import Recipe, prepare_files
 from efficientids.data.preparation.progress import Progress
-from efficientids.data.preparation.workplace import workplace
+from efficientids.data.preparation.workplace import recover, tidy, workplace
 from efficientids.data.sources.base import BadRows
 from efficientids.errors import UserError
 from tests.conftest import ROOT
@@ -29,8 +32,8 @@ pytestmark = pytest.mark.usefixtures("no_page")
 KILLED = """
 import os, signal, sys
 from efficientids.data.preparation.cli import main
-from efficientids.data.preparation.report import DataReport
-DataReport.files = lambda report: {"report.json": report.to_json() + "\\n"}  # as the fixture no_page
+from efficientids.data.preparation import report_page
+report_page.files = lambda report: {"report.json": report.to_json() + "\\n"}  # as the fixture no_page
 output, n, touched = sys.argv[1], int(sys.argv[2]), 0
 
 def watch(event, arguments):
@@ -147,12 +150,94 @@ def test_an_interrupted_run_is_taken_up(tmp_path: Path, monkeypatch: pytest.Monk
     assert _fingerprint(output) == taken_up
 
 
+def test_what_was_replaced_stays_gone(tmp_path: Path, flags: list[str]) -> None:
+    output = tmp_path / "made" / "output"
+    other = [*flags[:4], "--core", "0", "--output", str(output), "--overwrite"]
+    # At its first removal of anything the new data set is in place, and the old one still in the work folder.
+    command = KILLED.replace("touched == n", 'event == "shutil.rmtree" and os.path.exists(output)')
+    for deleted in (False, True):
+        assert main([*flags, "--output", str(output), "--overwrite"]) == 0
+        first = _fingerprint(output)
+        run = [sys.executable, "-c", command, str(output), "1", *other]
+        assert subprocess.run(run, cwd=ROOT, capture_output=True).returncode == -signal.SIGKILL
+        assert _fingerprint(output) != first
+        assert len(list(output.parent.glob(".output.work-*/old/manifest.json"))) == 1
+        if deleted:
+            shutil.rmtree(output)
+            recover(output)
+            assert not output.exists()
+        # Already what is asked for, or to be made again: no litter either way.
+        assert main(other[:-1]) == 0
+        assert _fingerprint(output) != first
+        assert [entry.name for entry in output.parent.iterdir()] == ["output"]
+
+
 def test_two_at_once_are_refused_and_stale_work_is_removed(tmp_path: Path) -> None:
     (tmp_path / ".out.work-stale").mkdir()
+    (tmp_path / ".out.lock").touch()  # of a killed process: held by nobody
+    (tmp_path / ".out.work-b.work-live").mkdir()  # of the output "out.work-b"
     with workplace(tmp_path / "out", "one") as place:
         assert not (tmp_path / ".out.work-stale").exists()
+        for key in ("one", "other"):  # whatever the flags: both would put their result to the same place
+            with pytest.raises(UserError, match="another process is making it"), workplace(tmp_path / "out", key):
+                raise AssertionError
+        tidy(tmp_path / "out")
+        assert place.path.is_dir()
+        with workplace(tmp_path / "elsewhere", "one"):
+            pass
+    assert os.listdir(tmp_path) == [".out.work-b.work-live"]
+
+
+def test_a_lock_that_was_removed_keeps_nobody_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lock, tries = tmp_path / ".out.lock", []
+
+    def removed_meanwhile(file: IO[bytes], how: int) -> None:
+        flock(file, how)
+        tries.append(file.name)
+        if len(tries) == 1:  # between our opening it and our locking it, its holder came to the end
+            lock.unlink()
+
+    flock = fcntl.flock
+    monkeypatch.setattr(fcntl, "flock", removed_meanwhile)
+    with workplace(tmp_path / "out", "one"):
+        assert len(tries) == 2 and lock.exists()
         with pytest.raises(UserError, match="another process is making it"), workplace(tmp_path / "out", "one"):
             raise AssertionError
-        with workplace(tmp_path / "out", "other"):  # the folder of a live run is not stale
-            assert place.path.is_dir()
-    assert os.listdir(tmp_path) == []
+
+
+def test_what_was_put_there_meanwhile_stays(tmp_path: Path, flags: list[str]) -> None:
+    output = tmp_path / "out"
+    with pytest.raises(UserError, match="not empty and not a prepared data set"), workplace(output, "key") as place:
+        made = place.folder("made")
+        output.mkdir()
+        (output / "notes.txt").write_text("mine")
+        place.put(made, output, overwrite=True)
+    assert [entry.name for entry in output.iterdir()] == ["notes.txt"]
+    shutil.rmtree(output)
+    with pytest.raises(UserError, match="give --overwrite to replace it"), workplace(output, "key") as place:
+        made = place.folder("made")
+        assert main([*flags, "--output", str(tmp_path / "other")]) == 0
+        (tmp_path / "other").rename(output)
+        place.put(made, output)
+    Dataset.open(output)
+    (output / "notes.txt").write_text("mine")
+    with pytest.raises(UserError, match="holds notes.txt, no part"), workplace(output, "key") as place:
+        place.put(place.folder("made"), output, overwrite=True)
+    assert (output / "notes.txt").read_text() == "mine"
+    assert sorted(os.listdir(tmp_path)) == ["log.csv", "out"]
+
+
+def test_a_file_that_comes_while_prepare_works_stays(
+    tmp_path: Path, flags: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output = tmp_path / "out"
+    assert main([*flags, "--output", str(output)]) == 0
+
+    def meanwhile(*arguments: object) -> object:
+        (output / "notes.txt").write_text("mine")
+        return k_core(*arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr("efficientids.data.preparation.prepare.k_core", meanwhile)
+    with pytest.raises(UserError, match="holds notes.txt, no part of the data set"):
+        main([*flags, "--output", str(output), "--overwrite"])
+    assert (output / "notes.txt").read_text() == "mine"

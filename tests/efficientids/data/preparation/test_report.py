@@ -43,7 +43,7 @@ def test_report_counts_ties_repeats_titles_and_bad_rows(report: DataReport) -> N
         "length_median": 3.0,
         "length_mean": 3.0,
         "length_max": 4,
-        "density": 1.0,
+        "density": 5 / 6,
         "repeats": 1,
         "untitled_items": 2,
         "train_only_users": 1,
