@@ -17,10 +17,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-import tyro
 import yaml
 
 from efficientids.errors import UserError
+from efficientids.flags import command_line
 from efficientids.options import READS, TrainConfig
 
 
@@ -61,14 +61,8 @@ def parse(arguments: Sequence[str], prog: str = "train_llama.py") -> TrainConfig
         for flag, counterpart in ((one, other), (other, one)):
             if flag in flags and counterpart not in flags:
                 from_file.pop(counterpart, None)
-    config = tyro.cli(
-        TrainConfig,
-        # Of two values for one option the last wins.
-        args=[*_flat(from_file), *rest],
-        prog=prog,
-        description=_DESCRIPTION,
-        use_underscores=True,
-    )
+    # Of two values for one option the last wins.
+    config = command_line(TrainConfig, [*_flat(from_file), *rest], prog=prog, description=_DESCRIPTION)
     check(config)
     return config
 
@@ -178,7 +172,7 @@ def _parses(arguments: list[str]) -> bool:
     unheard = io.StringIO()
     try:
         with contextlib.redirect_stdout(unheard), contextlib.redirect_stderr(unheard):
-            tyro.cli(TrainConfig, args=arguments, use_underscores=True)
+            command_line(TrainConfig, arguments)
     except SystemExit:
         return False
     return True

@@ -12,9 +12,11 @@ from __future__ import annotations
 import dataclasses
 import importlib.metadata
 import json
+import os
 import platform
 import re
 import shutil
+import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -28,7 +30,10 @@ import yaml
 from efficientids import checkpoints
 from efficientids.errors import UserError
 
-_VERSIONS = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "polars", "efficientids")
+_VERSIONS = (
+    "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "scipy", "polars", "tokenizers",
+    "safetensors", "tensorboard", "efficientids",
+)  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -153,11 +158,26 @@ def environment() -> dict[str, Any]:
     return {
         "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "command": sys.argv,
+        "working_directory": str(Path.cwd()),
+        "commit": _commit(),
+        "cpu_cores": os.cpu_count(),
+        "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
         "python": platform.python_version(),
         "platform": platform.platform(),
         "devices": [device.device_kind for device in devices],
         "versions": versions,
     }
+
+
+def _commit() -> str | None:
+    """The checkout's commit, "+" behind it where files differ from it; None where the code is in no git checkout."""
+    here = Path(__file__).resolve().parent
+    say = ["git", "-C", str(here), "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty=+"]
+    try:
+        done = subprocess.run(say, capture_output=True, text=True, timeout=10, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip()
 
 
 def _read(path: Path, parse: Any) -> dict[str, Any]:

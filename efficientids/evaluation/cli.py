@@ -9,12 +9,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-import tyro
-
 from efficientids.errors import UserError
 from efficientids.evaluation.evaluate import Evaluation
 from efficientids.evaluation.of_run import evaluate_run
 from efficientids.evaluation.text import as_text, groups_as_text, sampled_as_text
+from efficientids.flags import command_line
 from efficientids.loading import LoadedRun, open_run
 from efficientids.log import progress
 from efficientids.runs import RunFolder
@@ -46,7 +45,7 @@ class EvaluateConfig:
 
 def main(arguments: Sequence[str]) -> int:
     """Evaluates; returns the exit code."""
-    config = tyro.cli(EvaluateConfig, args=arguments, prog="efficientids evaluate", use_underscores=True)
+    config = command_line(EvaluateConfig, arguments, prog="efficientids evaluate")
     if config.batch_size < 1:
         raise UserError(f"--batch_size {config.batch_size}: at least 1")
     loaded = open_run(config.run, config.step)

@@ -17,6 +17,7 @@ from efficientids.evaluation.compare import Entry, as_text, check_comparable, co
 from efficientids.evaluation.evaluate import CUTOFFS
 from efficientids.evaluation.of_run import evaluate_run
 from efficientids.evaluation.records import load_evaluation
+from efficientids.flags import command_line
 from efficientids.loading import open_run
 from efficientids.log import progress
 from efficientids.runs import RunFolder, locate
@@ -43,7 +44,7 @@ class CompareConfig:
 
 def main(arguments: Sequence[str]) -> int:
     """Compares; returns the exit code."""
-    config = tyro.cli(CompareConfig, args=arguments, prog="efficientids compare", use_underscores=True)
+    config = command_line(CompareConfig, arguments, prog="efficientids compare")
     if len(config.runs) < 2:
         given = f"only {config.runs[0]} is given" if config.runs else "none is given"
         raise UserError(

@@ -112,7 +112,7 @@ def check_column(dataset: Dataset, column: str) -> pl.Series:
         raise UserError(f"--group_by {column}: its values are {table[column].dtype}; give a column of texts or numbers")
     if not table[column].dtype.is_numeric():
         known = table[column].drop_nulls()
-        commonest = int(known.value_counts(name="number of users")["number of users"].max() or 0) if len(known) else 0
+        commonest = int(np.max(known.unique_counts().to_numpy(), initial=0))
         if commonest < _FEWEST_OF_COMMONEST:
             raise UserError(
                 f"--group_by {column}: {known.n_unique():,} distinct values, and the commonest has {commonest} users "

@@ -11,10 +11,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import tyro
-
 from efficientids.checkpoints import BEST_METRIC
 from efficientids.errors import UserError
+from efficientids.flags import command_line
 from efficientids.log import duration
 from efficientids.pages import evaluations, page
 from efficientids.pages.curves import Metrics, curves, read_metrics
@@ -42,7 +41,7 @@ class ReportConfig:
 
 def main(arguments: Sequence[str]) -> int:
     """Writes the page; returns the exit code."""
-    config = tyro.cli(ReportConfig, args=arguments, prog="efficientids report", use_underscores=True)
+    config = command_line(ReportConfig, arguments, prog="efficientids report")
     file = config.output or config.run / FILE
     html = to_html(RunFolder.open(config.run))
     try:

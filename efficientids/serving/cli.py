@@ -10,9 +10,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
-import tyro
-
 from efficientids.errors import UserError
+from efficientids.flags import command_line
 from efficientids.loading import open_run
 from efficientids.log import duration, progress
 from efficientids.serving.recommend import chosen_users, recommend_users
@@ -47,7 +46,7 @@ class RecommendConfig:
 
 def main(arguments: Sequence[str]) -> int:
     """Recommends; returns the exit code."""
-    config = tyro.cli(RecommendConfig, args=arguments, prog="efficientids recommend", use_underscores=True)
+    config = command_line(RecommendConfig, arguments, prog="efficientids recommend")
     if config.k < 1 or config.batch_size < 1:
         raise UserError(f"--k {config.k}, --batch_size {config.batch_size}: at least 1")
     if config.output.is_dir():

@@ -22,6 +22,7 @@ from efficientids.data.preparation.workplace import check_destination, recover, 
 from efficientids.data.sources import SourceOptions, open_source
 from efficientids.data.sources.base import MAX_BAD_SHARE, BadRows, Source
 from efficientids.errors import UserError
+from efficientids.flags import command_line
 
 
 @dataclasses.dataclass(frozen=True)
@@ -229,4 +230,4 @@ def _refuse(config: PrepareConfig, meant: set[str]) -> None:
 
 def main(arguments: Sequence[str]) -> int:
     """The command `prepare`: parses flags, prepares, returns the exit code."""
-    return prepare(tyro.cli(PrepareConfig, args=arguments, prog="efficientids prepare", use_underscores=True))
+    return prepare(command_line(PrepareConfig, arguments, prog="efficientids prepare"))

@@ -70,7 +70,7 @@ def prepared_already(output: Path, request: Mapping[str, Any]) -> DataReport | N
 
 
 def page_again(output: Path, report: DataReport) -> bool:
-    """Makes the report's page again where it is missing; whether it was. Raises UserError where it cannot be written."""
+    """Makes the report's page again where it is missing; tells whether it was. Raises UserError where it cannot be."""
     output = output.resolve()
     if (output / layout.PAGE).exists():
         return False

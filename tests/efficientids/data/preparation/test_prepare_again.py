@@ -28,7 +28,7 @@ def test_a_stricter_limit_of_bad_rows_is_another_request(tmp_path: Path, flags: 
     made = Dataset.open(tmp_path / "out").fingerprint
     with pytest.raises(UserError, match="give --overwrite to replace it"):
         main([*flags, "--max_bad_share", "0"])
-    with pytest.raises(UserError, match="log.csv: 1 of 200 rows cannot be read"):
+    with pytest.raises(UserError, match=r"log\.csv: 1 of 200 rows cannot be read"):
         main([*flags, "--max_bad_share", "0", "--overwrite"])
     assert Dataset.open(tmp_path / "out").fingerprint == made
     assert main([*flags, "--max_bad_share", "0.5", "--overwrite"]) == 0
@@ -44,7 +44,7 @@ def test_rows_read_under_another_limit_are_not_taken_up(flags: list[str], monkey
         patch.setattr(prepare, "k_core", interrupted)
         with pytest.raises(KeyboardInterrupt):
             main(flags)
-    with pytest.raises(UserError, match="log.csv: 1 of 200 rows cannot be read"):
+    with pytest.raises(UserError, match=r"log\.csv: 1 of 200 rows cannot be read"):
         main([*flags, "--max_bad_share", "0"])
 
 
@@ -70,10 +70,10 @@ def test_a_missing_report_is_named(tmp_path: Path, flags: list[str]) -> None:
     report = tmp_path / "out" / layout.REPORT
     text = report.read_text()
     report.unlink()
-    with pytest.raises(UserError, match="report.json: missing; the data set .* give --overwrite to prepare it again"):
+    with pytest.raises(UserError, match=r"report\.json: missing; the data set .* give --overwrite to prepare it again"):
         main(flags)
     report.write_text("{}")
-    with pytest.raises(UserError, match="report.json: not a readable report .* give --overwrite"):
+    with pytest.raises(UserError, match=r"report\.json: not a readable report .* give --overwrite"):
         main(flags)
     assert main([*flags, "--overwrite"]) == 0
     assert report.read_text() == text

@@ -153,8 +153,10 @@ def test_an_interrupted_run_is_taken_up(tmp_path: Path, monkeypatch: pytest.Monk
 def test_what_was_replaced_stays_gone(tmp_path: Path, flags: list[str]) -> None:
     output = tmp_path / "made" / "output"
     other = [*flags[:4], "--core", "0", "--output", str(output), "--overwrite"]
-    # At its first removal of anything the new data set is in place, and the old one still in the work folder.
-    command = KILLED.replace("touched == n", 'event == "shutil.rmtree" and os.path.exists(output)')
+    # Just before the work folder is removed: the new data set is in place, and the old one still there.
+    command = KILLED.replace(
+        "touched == n", 'event == "shutil.rmtree" and os.path.exists(os.path.join(paths[0], "old", "manifest.json"))'
+    )
     for deleted in (False, True):
         assert main([*flags, "--output", str(output), "--overwrite"]) == 0
         first = _fingerprint(output)
@@ -189,7 +191,8 @@ def test_two_at_once_are_refused_and_stale_work_is_removed(tmp_path: Path) -> No
 
 
 def test_a_lock_that_was_removed_keeps_nobody_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    lock, tries = tmp_path / ".out.lock", []
+    lock = tmp_path / ".out.lock"
+    tries: list[str] = []
 
     def removed_meanwhile(file: IO[bytes], how: int) -> None:
         flock(file, how)
@@ -221,7 +224,7 @@ def test_what_was_put_there_meanwhile_stays(tmp_path: Path, flags: list[str]) ->
         place.put(made, output)
     Dataset.open(output)
     (output / "notes.txt").write_text("mine")
-    with pytest.raises(UserError, match="holds notes.txt, no part"), workplace(output, "key") as place:
+    with pytest.raises(UserError, match=r"holds notes\.txt, no part"), workplace(output, "key") as place:
         place.put(place.folder("made"), output, overwrite=True)
     assert (output / "notes.txt").read_text() == "mine"
     assert sorted(os.listdir(tmp_path)) == ["log.csv", "out"]
@@ -238,6 +241,6 @@ def test_a_file_that_comes_while_prepare_works_stays(
         return k_core(*arguments)  # type: ignore[arg-type]
 
     monkeypatch.setattr("efficientids.data.preparation.prepare.k_core", meanwhile)
-    with pytest.raises(UserError, match="holds notes.txt, no part of the data set"):
+    with pytest.raises(UserError, match=r"holds notes\.txt, no part of the data set"):
         main([*flags, "--output", str(output), "--overwrite"])
     assert (output / "notes.txt").read_text() == "mine"
