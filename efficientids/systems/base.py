@@ -100,7 +100,10 @@ class Scale:
         if not (dataset.train_lengths >= 2).any():
             raise UserError(f"{dataset.path}: no user has 2 items to train on; prepare a data set with more")
         if not len(dataset.examples("validation").users):
-            raise UserError(f"{dataset.path}: no user has a validation target (3 interactions, with leave-one-out)")
+            raise UserError(
+                f"{dataset.path}: no user has a validation target (no user has 3 interactions, which leave-one-out needs, "
+                "or no row is in the validation part of the split); prepare a data set with more"
+            )
         return Scale(dataset.catalogue_size, np.asarray(dataset.train_lengths), dataset)
 
 

@@ -17,5 +17,5 @@ def test_the_default_job_reaches_80_percent_of_the_best(tmp_path: Path, capsys: 
     assert 0.5 < best < 1
     assert reached >= 0.8 * best
     # Then three users' histories and recommendations by title.
-    assert len(re.findall(r"^user \S+ watched … .*\(\d{4}\)", printed, re.MULTILINE)) == 3
+    assert len(re.findall(r"^user \S+ chose … .*\(\d{4}\)", printed, re.MULTILINE)) == 3
     assert len(re.findall(r"^ +[1-5]\. .*\(\d{4}\)", printed, re.MULTILINE)) == 15
