@@ -101,8 +101,8 @@ class Scale:
             raise UserError(f"{dataset.path}: no user has 2 items to train on; prepare a data set with more")
         if not len(dataset.examples("validation").users):
             raise UserError(
-                f"{dataset.path}: no user has a validation target (no user has 3 interactions, which leave-one-out needs, "
-                "or no row is in the validation part of the split); prepare a data set with more"
+                f"{dataset.path}: no user has a validation target (no user has 3 interactions, which leave-one-out "
+                "needs, or the split has no row to validate on); prepare a data set with more"
             )
         return Scale(dataset.catalogue_size, np.asarray(dataset.train_lengths), dataset)
 
