@@ -76,8 +76,9 @@ def _announce(config: TrainConfig, system: System, dataset: Dataset) -> str:
     ]
     if config.num_steps is not None:
         lines.append(
-            f"training: {config.num_steps:,} steps of {config.batch_size} × {config.gradient_accumulation} users, "
-            f"{config.length_buckets} length buckets, learning rate {config.learning_rate:g}, seed {config.seed}"
+            f"training: {config.num_steps:,} steps of {config.batch_size} × {config.gradient_accumulation} "
+            f"{'packed rows' if config.pack_sequences else 'users'}, {config.length_buckets} length bucket(s), "
+            f"learning rate {config.learning_rate:g}, seed {config.seed}"
         )
     if jax.device_count() > 1:
         lines.append(f"one of {jax.device_count()} devices is used")
