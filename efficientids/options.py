@@ -84,7 +84,7 @@ class TrainingOptions:
     grad_clip: float = 1.0
     """Largest global gradient norm; 0 clips nothing."""
     dropout: float | None = None
-    """On item inputs and residual branches. Default: 0.5 for SASRec, 0.2 for a random Llama below width 1,024, else 0."""
+    """On item inputs and residual branches. Default: SASRec 0.5, a random Llama below a width of 1,024 0.2, else 0."""
     seq_len: int = 64
     """Positions of the input: the newest items of a history, and with titles the text between them."""
     max_seq_len: int | None = None
