@@ -48,7 +48,12 @@ def inverse_frequencies(config: LlamaConfig, padded_length: int) -> np.ndarray:
 
 def rotation(config: LlamaConfig, positions_BT: Array, padded_length: int) -> tuple[Array, Array]:
     """Cosines and sines [B, T, 1, H/2] in float32 for integer positions [B, T] (B may be 1, for all rows alike)."""
-    angles_BTh = positions_BT[..., None].astype(jnp.float32) * inverse_frequencies(config, padded_length)
+    return turned_by(inverse_frequencies(config, padded_length), positions_BT)
+
+
+def turned_by(frequencies_h: np.ndarray, positions_BT: Array) -> tuple[Array, Array]:
+    """Cosines and sines [B, T, 1, H/2] in float32 of positions [B, T] times angular frequencies [H/2]."""
+    angles_BTh = positions_BT[..., None].astype(jnp.float32) * frequencies_h
     return jnp.cos(angles_BTh)[:, :, None], jnp.sin(angles_BTh)[:, :, None]
 
 

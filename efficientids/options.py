@@ -131,6 +131,8 @@ class SASRecOptions:
     """Transformer blocks."""
     num_heads: int = 2
     """Attention heads."""
+    positions: Literal["learned", "rotary"] = "learned"
+    """A vector for each position, or queries and keys turned by it."""
     temperature: float | None = None
     """Rank by cosines divided by this; default: by plain products."""
 

@@ -11,15 +11,20 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax import Array
 
 from core import softmax
 from core.attention import causal_attention
 from core.layers import Dropout, Init, Linear
+from core.rope import rotate, turned_by
+
+_THETA = 10_000.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,6 +37,8 @@ class SASRecConfig:
         width: D.
         num_layers, num_heads: L and A; A divides D.
         dropout: rate on inputs and residual branches while training.
+        positions: "learned": a vector for each position, added to the item's (the original's way); "rotary": queries
+            and keys turned by their positions (`core.rope`, θ 10,000), which knows distances from the first step on.
         temperature: None: logits are plain products h·e_n + b_n; else cosines divided by it, without a bias.
         init_std: of item vectors and positions at the start; matrices start at 1/√fan-in.
     """
@@ -42,12 +49,15 @@ class SASRecConfig:
     num_layers: int = 2
     num_heads: int = 2
     dropout: float = 0.2
+    positions: Literal["learned", "rotary"] = "learned"
     temperature: float | None = None
     init_std: float = 0.02
 
     def __post_init__(self) -> None:
         if self.width % self.num_heads:
             raise ValueError(f"SASRec: width {self.width} does not divide among {self.num_heads} heads")
+        if self.positions == "rotary" and self.width // self.num_heads % 2:
+            raise ValueError(f"SASRec: heads of {self.width // self.num_heads} are odd; rotary positions turn pairs")
 
 
 class LayerNorm(nnx.Module):
@@ -74,9 +84,11 @@ class Block(nnx.Module):
         self.up = Linear(key_up, (d,), (4 * d,), True, Init(d**-0.5))
         self.down = Linear(key_down, (4 * d,), (d,), True, Init((4 * d) ** -0.5))
 
-    def __call__(self, x_BTD: Array, drop: Dropout) -> Array:
+    def __call__(self, x_BTD: Array, drop: Dropout, turn: tuple[Array, Array] | None) -> Array:
         qkv_BT3AH = self.qkv(self.attention_norm(x_BTD))
         q_BTAH, k_BTAH, v_BTAH = (qkv_BT3AH[:, :, i] for i in range(3))
+        if turn is not None:
+            q_BTAH, k_BTAH = rotate(q_BTAH, *turn), rotate(k_BTAH, *turn)
         x_BTD = x_BTD + drop(self.o(causal_attention(q_BTAH, k_BTAH, v_BTAH)), 0)
         return x_BTD + drop(self.down(jax.nn.gelu(self.up(self.mlp_norm(x_BTD)))), 1)
 
@@ -89,7 +101,8 @@ class SASRec(nnx.Module):
         key_items, key_positions, key_layers = jax.random.split(key, 3)
         init = Init(config.init_std)
         self.items_ND = nnx.Param(init.normal(key_items, (config.num_items + 1, config.width)))
-        self.positions_TD = nnx.Param(init.normal(key_positions, (config.max_items, config.width)))
+        learned = config.positions == "learned"
+        self.positions_TD = nnx.Param(init.normal(key_positions, (config.max_items, config.width))) if learned else None
         self.item_bias_N = nnx.Param(jnp.zeros((config.num_items + 1,))) if config.temperature is None else None
         self.layers = jax.vmap(functools.partial(Block, config))(jax.random.split(key_layers, config.num_layers))
         self.final_norm = LayerNorm(config.width)
@@ -103,12 +116,17 @@ class SASRec(nnx.Module):
         keys = None if key is None else jax.random.split(key, config.num_layers + 1)
         # √D as in the original: item vectors start small, positions must not drown them.
         x_BTD = self.items_ND[...][item_ids_BT] * config.width**0.5
-        x_BTD = x_BTD + self.positions_TD[...][: item_ids_BT.shape[1]]
+        turn = None
+        if self.positions_TD is not None:
+            x_BTD = x_BTD + self.positions_TD[...][: item_ids_BT.shape[1]]
+        else:
+            half = np.arange(0, config.width // config.num_heads, 2) / (config.width // config.num_heads)
+            turn = turned_by((_THETA**-half).astype(np.float32), jnp.arange(item_ids_BT.shape[1])[None])
         x_BTD = Dropout(config.dropout, None if keys is None else keys[0])(x_BTD, 0)
 
         def layer(x: Array, inputs: tuple[Block, Array | None]) -> tuple[Array, None]:
             block, layer_key = inputs
-            return block(x, Dropout(config.dropout, layer_key)), None
+            return block(x, Dropout(config.dropout, layer_key), turn), None
 
         x_BTD, _ = jax.lax.scan(layer, x_BTD, (self.layers, None if keys is None else keys[1:]))
         return self.final_norm(x_BTD)

@@ -30,6 +30,8 @@ class SASRecSystem:
         """See `System.resolve`."""
         if config.width % config.num_heads:
             raise UserError(f"--width {config.width}: does not divide among --num_heads {config.num_heads}")
+        if config.positions == "rotary" and config.width // config.num_heads % 2:
+            raise UserError(f"--positions rotary: heads of {config.width // config.num_heads} are odd; raise --width")
         config = dataclasses.replace(
             base.resolve_batch(config, scale, 32),
             dropout=0.5 if config.dropout is None else config.dropout,
@@ -70,7 +72,7 @@ def _spec(config: TrainConfig, num_items: int) -> SASRecSpec:
     return SASRecSpec(
         SASRecConfig(
             num_items, config.seq_len, config.width, config.num_layers, config.num_heads,
-            config.dropout, config.temperature, config.init_std,
+            config.dropout, config.positions, config.temperature, config.init_std,
         )
     )  # fmt: skip
 

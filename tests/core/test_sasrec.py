@@ -11,10 +11,13 @@ from flax import nnx
 from core.models.sasrec import SASRec, SASRecConfig
 
 CONFIG = SASRecConfig(num_items=11, max_items=6, width=8, num_layers=2, num_heads=2, dropout=0.3, init_std=0.5)
+ROTARY = SASRecConfig(
+    num_items=11, max_items=6, width=8, num_layers=2, num_heads=2, positions="rotary", dropout=0.3, init_std=0.5
+)
 COSINE = SASRecConfig(num_items=11, max_items=6, width=8, num_layers=1, num_heads=1, temperature=0.2, init_std=0.5)
 
 
-@pytest.fixture(params=[CONFIG, COSINE], ids=["plain", "cosine"])
+@pytest.fixture(params=[CONFIG, ROTARY, COSINE], ids=["plain", "rotary", "cosine"])
 def model(request: pytest.FixtureRequest) -> SASRec:
     made = SASRec(request.param, jax.random.key(0))
     if made.item_bias_N is not None:
@@ -103,3 +106,13 @@ def test_dropout_needs_a_key_and_changes_the_loss(batch: tuple[jax.Array, jax.Ar
 def test_heads_must_divide_the_width() -> None:
     with pytest.raises(ValueError, match="width 8 does not divide among 3 heads"):
         SASRecConfig(num_items=3, max_items=4, width=8, num_heads=3)
+
+
+def test_rotary_positions_know_the_order_by_distance_alone() -> None:
+    """Without a table of positions: another order is another state, and one item alone has no position."""
+    model = SASRec(ROTARY, jax.random.key(0))
+    assert model.positions_TD is None
+    swapped = model.hidden(jnp.array([[1, 2, 3], [2, 1, 3]]))[:, 2]
+    assert np.abs(np.asarray(swapped[0] - swapped[1])).max() > 1e-3
+    with pytest.raises(ValueError, match="heads of 3 are odd"):
+        SASRecConfig(num_items=3, max_items=4, width=6, num_heads=2, positions="rotary")
