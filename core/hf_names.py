@@ -140,3 +140,8 @@ def _places(config: LlamaConfig) -> Iterator[tuple[str, Place]]:
             continue
         for layer in range(config.num_layers):
             yield row.hf.format(layer), Place(path, layer, layout)
+
+
+def num_parameters(config: LlamaConfig) -> int:
+    """The number of a Llama's parameters, a tied head not counted twice."""
+    return sum(math.prod(place.layout.hf_shape) for place in places(config).values())

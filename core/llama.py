@@ -20,7 +20,7 @@ from jax import Array
 
 from core.attention import cached_attention, causal_attention
 from core.config import LlamaConfig
-from core.layers import Dropout, Init, Linear, RMSNorm
+from core.layers import Dropout, Init, LlamaLinear, RMSNorm
 from core.rope import rotate, rotation
 
 # What the backward pass may keep of a layer's forward pass: nothing, the matrix products, or all.
@@ -70,22 +70,24 @@ class Attention(nnx.Module):
             config.hidden_size, config.num_heads, config.num_kv_heads, config.head_dim, config.attention_bias,
         )  # fmt: skip
         key_q, key_k, key_v, key_o = jax.random.split(key, 4)
-        self.q = Linear(key_q, (d,), (n, h), bias, init)
-        self.k = Linear(key_k, (d,), (k, h), bias, init)
-        self.v = Linear(key_v, (d,), (k, h), bias, init)
-        self.o = Linear(key_o, (n, h), (d,), bias, init)
+        self.q = LlamaLinear(key_q, "q", (d,), (n, h), bias, init)
+        self.k = LlamaLinear(key_k, "k", (d,), (k, h), bias, init)
+        self.v = LlamaLinear(key_v, "v", (d,), (k, h), bias, init)
+        self.o = LlamaLinear(key_o, "o", (n, h), (d,), bias, init)
 
-    def __call__(self, x_BTD: Array, at: Positions, cache: tuple[Array, Array] | None) -> tuple[Array, Any]:
-        q_BTNH = rotate(self.q(x_BTD), at.cos, at.sin)
-        k_BTKH = rotate(self.k(x_BTD), at.cos, at.sin)
-        v_BTKH = self.v(x_BTD)
+    def __call__(
+        self, x_BTD: Array, at: Positions, cache: tuple[Array, Array] | None, key: Array | None
+    ) -> tuple[Array, Any]:
+        q_BTNH = rotate(self.q(x_BTD, key), at.cos, at.sin)
+        k_BTKH = rotate(self.k(x_BTD, key), at.cos, at.sin)
+        v_BTKH = self.v(x_BTD, key)
         if cache is None:
-            return self.o(causal_attention(q_BTNH, k_BTKH, v_BTKH, at.segments)), None
+            return self.o(causal_attention(q_BTNH, k_BTKH, v_BTKH, at.segments), key), None
         row_B1 = jnp.arange(x_BTD.shape[0])[:, None]
         k_BSKH = cache[0].at[row_B1, at.place].set(k_BTKH.astype(cache[0].dtype), mode="drop")
         v_BSKH = cache[1].at[row_B1, at.place].set(v_BTKH.astype(cache[1].dtype), mode="drop")
         y_BTNH = cached_attention(q_BTNH, k_BSKH.astype(x_BTD.dtype), v_BSKH.astype(x_BTD.dtype), at.place)
-        return self.o(y_BTNH), (k_BSKH, v_BSKH)
+        return self.o(y_BTNH, key), (k_BSKH, v_BSKH)
 
 
 class MLP(nnx.Module):
@@ -94,12 +96,12 @@ class MLP(nnx.Module):
     def __init__(self, config: LlamaConfig, key: Array, init: Init) -> None:
         d, f = config.hidden_size, config.intermediate_size
         key_gate, key_up, key_down = jax.random.split(key, 3)
-        self.gate = Linear(key_gate, (d,), (f,), config.mlp_bias, init)
-        self.up = Linear(key_up, (d,), (f,), config.mlp_bias, init)
-        self.down = Linear(key_down, (f,), (d,), config.mlp_bias, init)
+        self.gate = LlamaLinear(key_gate, "gate", (d,), (f,), config.mlp_bias, init)
+        self.up = LlamaLinear(key_up, "up", (d,), (f,), config.mlp_bias, init)
+        self.down = LlamaLinear(key_down, "down", (f,), (d,), config.mlp_bias, init)
 
-    def __call__(self, x_BTD: Array) -> Array:
-        return self.down(jax.nn.silu(self.gate(x_BTD)) * self.up(x_BTD))
+    def __call__(self, x_BTD: Array, key: Array | None) -> Array:
+        return self.down(jax.nn.silu(self.gate(x_BTD, key)) * self.up(x_BTD, key), key)
 
 
 class Block(nnx.Module):
@@ -114,10 +116,10 @@ class Block(nnx.Module):
 
     def __call__(self, x_BTD: Array, at: Positions, cache: Any, drop: Dropout) -> tuple[Array, Any]:
         with jax.named_scope("attention"):
-            y_BTD, cache = self.attention(self.attention_norm(x_BTD), at, cache)
+            y_BTD, cache = self.attention(self.attention_norm(x_BTD), at, cache, drop.key)
             x_BTD = x_BTD + drop(y_BTD, 0)
         with jax.named_scope("mlp"):
-            return x_BTD + drop(self.mlp(self.mlp_norm(x_BTD)), 1), cache
+            return x_BTD + drop(self.mlp(self.mlp_norm(x_BTD), drop.key), 1), cache
 
 
 class Llama(nnx.Module):
@@ -217,7 +219,7 @@ class Llama(nnx.Module):
         """Scans the layers; also returns each layer's cache, or its output where `keep_layers`."""
         x_BTD = x_BTD.astype(self.compute.dtype)
         at = Positions.of(self.config, x_BTD, cache, segments_BT)
-        keys_L = None if key is None or dropout == 0 else jax.random.split(key, self.config.num_layers)
+        keys_L = None if key is None else jax.random.split(key, self.config.num_layers)
 
         def layer(x_BTD: Array, inputs: tuple[Block, Any, Array | None]) -> tuple[Array, Any]:
             block, layer_cache, layer_key = inputs

@@ -24,6 +24,7 @@ from core.functional import FunctionalModel
 from core.hf_names import EMBEDDING, HEAD, IGNORED, STACK, Layout, Place, places
 from core.layers import Init
 from core.llama import Compute, Llama
+from core.quantized import Format, quantize_as
 from core.weight_files import (
     DTYPES,
     CheckpointError,
@@ -80,7 +81,12 @@ class LlamaLoader:
         self.starts_at_random = random_weights or (model_size is not None and LLAMA_SIZES[model_size].hf_id is None)
 
     def load_model(
-        self, *, param_dtype: Any = None, dtype: Any = jnp.float32, remat: str = "none"
+        self,
+        *,
+        param_dtype: Any = None,
+        dtype: Any = jnp.float32,
+        remat: str = "none",
+        quantize: Format | None = None,
     ) -> tuple[FunctionalModel, nnx.State, LlamaConfig]:
         """Loads the weights onto the default device.
 
@@ -89,6 +95,7 @@ class LlamaLoader:
                 random.
             dtype: of the computation.
             remat: a name of `core.llama.REMAT_POLICIES`.
+            quantize: hold the layers' weights in this format: frozen, in about a half or a quarter of bfloat16's bytes.
 
         Returns:
             The model (`.apply(params, input_ids=[B, T])` → logits [B, T, V]), its parameters, its config.
@@ -102,7 +109,7 @@ class LlamaLoader:
             CheckpointError: `.bin` weights without torch.
         """
         if self.starts_at_random:
-            return self._random(param_dtype, Compute(dtype, remat))
+            return self._random(param_dtype, Compute(dtype, remat), quantize)
         folder = self.folder()
         config = LlamaConfig.from_hf(folder)
         files = find_weight_files(folder)
@@ -110,14 +117,18 @@ class LlamaLoader:
         if param_dtype is None:
             stored = {DTYPES[header.dtype] for header in headers.values()}
             param_dtype = functools.reduce(jnp.promote_types, stored)
-        model, abstract = abstract_model(config, Compute(dtype, remat), Init(param_dtype=param_dtype))
+        model, abstract = abstract_model(
+            config, Compute(dtype, remat), Init(param_dtype=param_dtype, quantize=quantize)
+        )
         return model, _fill(folder, files, config, abstract), config
 
-    def _random(self, param_dtype: Any, compute: Compute) -> tuple[FunctionalModel, nnx.State, LlamaConfig]:
+    def _random(
+        self, param_dtype: Any, compute: Compute, quantize: Format | None
+    ) -> tuple[FunctionalModel, nnx.State, LlamaConfig]:
         assert self.model_size is not None
         _log.warning("Llama %s starts at random: no pretrained weights are loaded", self.model_size)
         config = LLAMA_SIZES[self.model_size].config
-        init = Init(param_dtype=jnp.float32 if param_dtype is None else param_dtype)
+        init = Init(param_dtype=jnp.float32 if param_dtype is None else param_dtype, quantize=quantize)
         model, params = random_model(config, jax.random.key(0), compute=compute, init=init)
         return model, params, config
 
@@ -232,10 +243,7 @@ def _fill(folder: Path, files: list[Path], config: LlamaConfig, abstract: nnx.St
                 continue
             place = wanted[name]
             tensor = jax.device_put(file.read(name), may_alias=True)  # never written to afterwards
-            if place.layer is None:
-                arrays[place.path], finite = _convert(tensor, place.layout, variables[place.path].dtype)
-            else:
-                arrays[place.path], finite = _write(arrays[place.path], tensor, place.layer, place.layout)
+            finite = _store(arrays, tensor, place, variables)
             # Fetching the flag waits for the write: tensors must not queue up in memory.
             if not bool(finite):
                 broken.append(f"{name} in {path.name}")
@@ -252,6 +260,21 @@ def _fill(folder: Path, files: list[Path], config: LlamaConfig, abstract: nnx.St
     return nnx.from_flat_state([(path, leaf.replace(arrays[path])) for path, leaf in variables.items()])
 
 
+def _store(
+    arrays: dict[tuple[Any, ...], Array], tensor: Array, place: Place, variables: Mapping[tuple[Any, ...], Any]
+) -> Array:
+    """Puts a tensor where it belongs, quantised if that is how `variables` hold it; is it finite there?"""
+    if place.layer is None:
+        arrays[place.path], finite = _convert(tensor, place.layout, variables[place.path].dtype)
+    elif place.path in arrays:
+        arrays[place.path], finite = _write(arrays[place.path], tensor, place.layer, place.layout)
+    else:
+        halves = [(*place.path, "codes"), (*place.path, "scales")]
+        stacks, finite = _write_quantized([arrays[half] for half in halves], tensor, place.layer, place.layout)
+        arrays.update(zip(halves, stacks, strict=True))
+    return finite
+
+
 @functools.partial(jax.jit, static_argnames=("layout", "dtype"))
 def _convert(tensor: Array, layout: Layout, dtype: Any) -> tuple[Array, Array]:
     """A tensor of Hugging Face's as we hold it, and whether it is finite there."""
@@ -264,3 +287,14 @@ def _write(stack: Array, tensor: Array, layer: int, layout: Layout) -> tuple[Arr
     """Puts a tensor of Hugging Face's into its layer's row, in place; also, is it finite there?"""
     ours, finite = _convert(tensor, layout, stack.dtype)
     return jax.lax.dynamic_update_index_in_dim(stack, ours, layer, 0), finite
+
+
+@functools.partial(jax.jit, static_argnames="layout", donate_argnums=0)
+def _write_quantized(stacks: list[Array], tensor: Array, layer: int, layout: Layout) -> tuple[list[Array], Array]:
+    """The same into the stacks of codes and scales."""
+    ours, finite = _convert(tensor, layout, jnp.float32)
+    rows = quantize_as(ours, *(jax.ShapeDtypeStruct(stack.shape[1:], stack.dtype) for stack in stacks))
+    updated = [
+        jax.lax.dynamic_update_index_in_dim(stack, row, layer, 0) for stack, row in zip(stacks, rows, strict=True)
+    ]
+    return updated, finite

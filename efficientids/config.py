@@ -74,7 +74,8 @@ _EXCLUSIVE = (
 _POSITIVE = (
     "num_steps", "epochs", "batch_size", "batch_size_per_device", "gradient_accumulation", "learning_rate",
     "log_every", "eval_every", "max_seq_len", "init_std", "num_clusters", "item_dim", "item_rank", "title_tokens",
-    "length_buckets", "width", "num_layers", "num_heads", "temperature", "neighbours", "pair_window", "recency",
+    "lora_rank", "lora_alpha", "llama_learning_rate", "length_buckets", "width", "num_layers", "num_heads",
+    "temperature", "neighbours", "pair_window", "recency",
 )  # fmt: skip
 _NOT_NEGATIVE = (
     "warmup_steps", "weight_decay", "grad_clip", "patience", "text_loss_weight", "seed",
@@ -87,15 +88,9 @@ def check(config: TrainConfig) -> None:
     for one, other in _EXCLUSIVE:
         if getattr(config, one) and getattr(config, other):
             raise UserError(f"--{one} and --{other} exclude each other; give one")
-    for names, accepted, rule in ((_POSITIVE, 1e-300, "above 0"), (_NOT_NEGATIVE, 0, "0 or more")):
-        for name in names:
-            value = getattr(config, name)
-            if value is not None and not accepted <= value < float("inf"):
-                raise UserError(f"--{name} {value}: must be {rule}, and finite")
+    _check_ranges(config)
     if config.seq_len < 2:
         raise UserError(f"--seq_len {config.seq_len}: at least 2, one position to read and one to predict")
-    if config.dropout is not None and not 0 <= config.dropout < 1:
-        raise UserError(f"--dropout {config.dropout}: must be in [0, 1)")
     contradictions = (
         (config.head == "full" and (config.clustering is not None or config.num_clusters is not None),
          "--head full has no clusters; leave --clustering and --num_clusters out, or use --head two_level"),
@@ -109,6 +104,19 @@ def check(config: TrainConfig) -> None:
     for holds, message in contradictions:
         if holds:
             raise UserError(message)
+
+
+def _check_ranges(config: TrainConfig) -> None:
+    ranges = (
+        (_POSITIVE, 1e-300, float("inf"), "above 0, and finite"),
+        (_NOT_NEGATIVE, 0, float("inf"), "0 or more, and finite"),
+        (("dropout", "lora_dropout"), 0, 1, "in [0, 1)"),
+    )
+    for names, least, below, rule in ranges:
+        for name in names:
+            value = getattr(config, name)
+            if value is not None and not least <= value < below:
+                raise UserError(f"--{name} {value}: must be {rule}")
 
 
 def to_mapping(config: TrainConfig) -> dict[str, Any]:

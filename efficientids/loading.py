@@ -6,9 +6,12 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
+import jax
 from flax import nnx
 
 from core.functional import FunctionalModel
+from core.layers import Init
+from core.lora import is_adapter, merged
 from core.platform import quiet_devices
 from core.weight_files import CheckpointError, weights_checksum
 from efficientids import checkpoints, systems
@@ -16,10 +19,10 @@ from efficientids.config import from_mapping
 from efficientids.data.dataset import Dataset
 from efficientids.errors import UserError
 from efficientids.options import TrainConfig
-from efficientids.recommenders.base import Recommender, in_llama
+from efficientids.recommenders.base import Recommender, in_base
 from efficientids.runs import RunFolder, locate
 from efficientids.systems.base import System, abstract, differing_fields, items_sha256
-from efficientids.systems.llama import llama_param_dtype, load_llama
+from efficientids.systems.llama import llama_init, load_llama
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,6 +85,11 @@ def open_run(path: str | Path, step: int | None = None, like: TrainConfig | None
     config = from_mapping(run.read_config(), run.path / "config.yaml")
     described = _description(run)
     frozen = described["frozen_weights"]
+    if frozen is None and like is not None and like.quantize != config.quantize:
+        raise UserError(
+            f"--quantize {like.quantize}: the checkpoints of {run.path} hold the Llama itself, as --quantize "
+            f"{config.quantize}; give that"
+        )
     try:
         restored = systems.get(described["recommender"]).restored
         recommender = restored(described["spec"], like or config, described["precision"])
@@ -91,8 +99,8 @@ def open_run(path: str | Path, step: int | None = None, like: TrainConfig | None
     if frozen is None:
         params = checkpoints.restore(run.checkpoints, step, state)
     else:
-        own = nnx.filter_state(state, nnx.Not(in_llama))
-        llama = _frozen(frozen, llama_param_dtype(like or config))
+        own = nnx.filter_state(state, nnx.Not(in_base))
+        llama = _frozen(frozen, llama_init(like or config))
         params = nnx.merge_state(checkpoints.restore(run.checkpoints, step, own), llama)
     return LoadedRun(run, step, config, recommender, graphdef, params, described)
 
@@ -116,7 +124,7 @@ def _damaged(run: RunFolder, error: Exception) -> UserError:
     return UserError(f"{run.path / 'model.json'}: damaged, or written by another version ({error!r})")
 
 
-def _frozen(recorded: dict[str, str], dtype: Any) -> nnx.State:
+def _frozen(recorded: dict[str, str], init: Init) -> nnx.State:
     """The frozen Llama's parameters from its weight file, whose checksum must be the recorded one."""
     path = Path(recorded["path"])
     if not path.is_dir():
@@ -127,7 +135,7 @@ def _frozen(recorded: dict[str, str], dtype: Any) -> nnx.State:
         raise UserError(f"the run's frozen Llama came from {path}: {error}; put its weight files back there") from error
     if found != recorded["sha256"]:
         raise UserError(f"the weight files in {path} changed since the run was trained; put the original ones back")
-    return nnx.State({"llama": load_llama(path, dtype)})
+    return nnx.State({"llama": load_llama(path, init)})
 
 
 def check_same_items(loaded: LoadedRun, dataset: Dataset) -> None:
@@ -139,8 +147,11 @@ def check_same_items(loaded: LoadedRun, dataset: Dataset) -> None:
         )
 
 
-def adopt(loaded: LoadedRun, recommender: Recommender, system: System) -> nnx.Module:
+def adopt(loaded: LoadedRun, recommender: Recommender, system: System, seed: int) -> nnx.Module:
     """`--load_checkpoint`: the parameters and buffers of an earlier run in a new recommender.
+
+    Adapters of the earlier run are added to the weights where the new one has none; where only the new one has
+    adapters, they start from `seed`.
 
     Raises:
         UserError: the earlier model is another one (fields listed).
@@ -149,12 +160,27 @@ def adopt(loaded: LoadedRun, recommender: Recommender, system: System) -> nnx.Mo
         raise UserError(
             f"--load_checkpoint {loaded.where} is a checkpoint of --recommender {loaded.config.recommender}; give that"
         )
+    graphdef, target = abstract(recommender)
+    one_has_none = _no_adapters(target) != _no_adapters(loaded.params)
     differing = differing_fields(loaded.recommender.spec, recommender.spec)
-    differing = [line for line in differing if line.split(":")[0] not in system.may_change]
+    free = system.may_change | ({"model.lora"} if one_has_none else set())
+    differing = [line for line in differing if line.split(":")[0] not in free]
     if differing:
         listed = "\n  ".join(differing)
         raise UserError(
             f"--load_checkpoint {loaded.where} is a checkpoint of another model (its value ≠ this run's):\n  "
             f"{listed}\nGive the flags of the run that wrote it (--llama_size, --weights, --head, --item_dim, …)"
         )
-    return nnx.merge(abstract(recommender)[0], loaded.params)
+    if not one_has_none:
+        return nnx.merge(graphdef, loaded.params)
+    if _no_adapters(target):
+        try:
+            return nnx.merge(graphdef, merged(loaded.model))
+        except ValueError as error:
+            raise UserError(f"--load_checkpoint {loaded.where}: {error}") from error
+    fresh = jax.jit(lambda key: nnx.state(recommender.init(key), is_adapter))(jax.random.key(seed))
+    return nnx.merge(graphdef, loaded.params, fresh)
+
+
+def _no_adapters(state: nnx.State) -> bool:
+    return not jax.tree.leaves(nnx.filter_state(state, is_adapter))

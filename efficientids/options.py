@@ -48,8 +48,24 @@ class LlamaOptions:
     """A local folder with config.json and safetensors or .bin weights; its config.json decides the size."""
     random_weights: bool = False
     """Start a published size at random instead of downloading its weights."""
+    train: Literal["auto", "frozen", "lora", "full"] = "auto"
+    """What trains of the Llama; item vectors and heads always do. auto: lora with --lora_rank, else full below 5
+    billion parameters, LoRA (r 64, alpha 128) from there on."""
     freeze_llama: bool = False
-    """Train item vectors, adapters and heads only."""
+    """The same as --train frozen."""
+    lora_rank: int | None = None
+    """r: columns of each adapter. Default: 64."""
+    lora_alpha: float | None = None
+    """Adapters count alpha / r times. Default: 2 r."""
+    lora_targets: str | None = None
+    """Which maps have adapters, of q,k,v,o,gate,up,down. Default: q,k,v,o."""
+    lora_dropout: float | None = None
+    """On the adapters' inputs. Default: 0."""
+    quantize: Literal["none", "int8", "nf4"] = "none"
+    """Hold the frozen weights of the Llama's layers in 8 or 4 bits (QLoRA); with --train lora or frozen."""
+    llama_learning_rate: float | None = None
+    """Peak learning rate of what trains of the Llama. Default: --learning_rate from scratch, else 2e-4 for LoRA, 5e-5
+    for the whole Llama."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """Of the computation, and of a frozen Llama's parameters; trained ones are float32. auto: bfloat16 on a GPU."""
     gradient_checkpointing: Literal["auto", "none", "dots", "full"] = "auto"
@@ -76,7 +92,7 @@ class TrainingOptions:
     gradient_accumulation: int = 1
     """Batches an optimiser step."""
     learning_rate: float | None = None
-    """Peak learning rate. Default: 1e-3 from scratch, 5e-4 with a frozen pretrained Llama, 5e-5 for fine-tuning."""
+    """Peak learning rate (of a pretrained Llama see --llama_learning_rate). Default: 1e-3 from scratch, else 5e-4."""
     warmup_steps: int | None = None
     """Default: 100 frozen, 500 trainable; at most a tenth of the steps."""
     weight_decay: float = 0.01

@@ -103,9 +103,13 @@ class RunFolder:
             raise UserError(f"{path} is not a run folder ({what}); give the --checkpoint_dir of a training run")
         return RunFolder(path)
 
-    def write(self, config: dict[str, Any], model: dict[str, Any]) -> None:
-        """Writes the files that describe the run; `model.json` last, for it is what makes the folder a run."""
-        (self.path / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
+    def write(self, config: dict[str, Any], model: dict[str, Any], remark: str | None = None) -> None:
+        """Writes the files that describe the run; `model.json` last, for it is what makes the folder a run.
+
+        `remark`, one line, stands as a comment on top of config.yaml.
+        """
+        comment = "" if remark is None else f"# {remark}\n"
+        (self.path / "config.yaml").write_text(comment + yaml.safe_dump(config, sort_keys=False))
         (self.path / "environment.json").write_text(json.dumps(environment(), indent=2) + "\n")
         (self.path / "model.json").write_text(json.dumps(model, indent=2) + "\n")
 

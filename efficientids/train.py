@@ -25,9 +25,10 @@ from efficientids.options import TrainConfig
 from efficientids.pages.run_report import ReportPage
 from efficientids.pages.samples import make_samples, write_samples
 from efficientids.planning.memory import estimate
-from efficientids.recommenders.base import Recommender, in_llama
+from efficientids.recommenders.base import Recommender, in_base
 from efficientids.runs import RunFolder
 from efficientids.systems.base import Scale, System, describe, refuse_unread
+from efficientids.systems.llama import base_is_frozen
 from efficientids.tracking.tensorboard import TensorBoard
 from efficientids.tracking.trackers import Tracker, chosen_trackers
 from efficientids.training.trainer import TrainerOptions, Validate, train
@@ -46,11 +47,12 @@ def main(arguments: Sequence[str]) -> int:
     run = RunFolder.create(path)
     with run.starting():
         dataset = _dataset(config, run.path)
-        config = system.resolve(config, Scale.of(dataset))
+        asked, config = config, system.resolve(config, Scale.of(dataset))
+        mode = system.mode(asked, config)
         log = RunLog(run.metrics, config.log_every)
-        log.say(_announce(config, system, dataset))
+        log.say(_announce(config, system, dataset, mode))
         recommender, model, frozen_weights = _start(config, system, dataset, log)
-        run.write(to_mapping(config), describe(recommender, config, dataset, frozen_weights, run.path))
+        run.write(to_mapping(config), describe(recommender, config, dataset, frozen_weights, run.path), mode)
     followers: dict[str, Tracker] = {"TensorBoard": TensorBoard(), "report.html": ReportPage(), **trackers}
     with log.followed_by(followers, run.path, to_mapping(config)):
         began = time.perf_counter()
@@ -68,8 +70,9 @@ def _dataset(config: TrainConfig, run: Path) -> Dataset:
     return generate().write(run / "data")
 
 
-def _announce(config: TrainConfig, system: System, dataset: Dataset) -> str:
-    lines = [
+def _announce(config: TrainConfig, system: System, dataset: Dataset, mode: str | None) -> str:
+    lines = [] if mode is None else [mode]
+    lines += [
         f"{config.recommender}: {system.headline(config)}",
         f"data: {dataset.manifest['name']}: {dataset.num_users:,} users, {dataset.catalogue_size:,} items, "
         f"{dataset.num_interactions:,} interactions",
@@ -93,15 +96,17 @@ def _start(
         earlier = loading.open_run(config.load_checkpoint, like=config)
         loading.check_same_items(earlier, dataset)
         recommender = system.recommender(config, dataset, earlier)
-        model = loading.adopt(earlier, recommender, system)
+        model = loading.adopt(earlier, recommender, system, config.seed)
         log.say(f"parameters of {earlier.where} at step {earlier.step}; optimiser and step count start anew")
-        return recommender, model, earlier.description["frozen_weights"] if config.freeze_llama else None
+        # With adapters added to it, the base is no longer what the file holds.
+        same_base = base_is_frozen(config) and earlier.config.train in ("auto", config.train, "frozen")
+        return recommender, model, earlier.description["frozen_weights"] if same_base else None
     folder = system.weights(config)
     if folder is not None:
         log.say(f"weights: {folder}")
     recommender = system.recommender(config, dataset, None)
     model = system.start(recommender, config)
-    if folder is None or not config.freeze_llama:
+    if folder is None or not base_is_frozen(config):
         return recommender, model, None
     return recommender, model, {"path": str(folder.resolve()), "sha256": weights_checksum(folder)}
 
@@ -114,7 +119,7 @@ def _options(config: TrainConfig, frozen_weights: dict[str, str] | None) -> Trai
         log_every=config.log_every,
         eval_every=config.eval_every or 1,  # a baseline that only counts is validated once
         patience=config.patience,
-        saved=nnx.Not(in_llama) if frozen_weights else ...,
+        saved=nnx.Not(in_base) if frozen_weights else ...,
     )
 
 

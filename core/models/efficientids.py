@@ -25,6 +25,7 @@ from core.embeddings import InputAdapter, ItemVectors, Woven, fan_in
 from core.functional import Buffer
 from core.layers import Dropout, Init, Linear
 from core.llama import Compute, Llama
+from core.lora import LoRAConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,6 +42,7 @@ class EfficientIDSConfig:
         init_std: deviation of item vectors, cluster vectors and adapters at the start; None: 0.02 for vectors,
             1/√fan-in for adapters.
         dropout: rate on item inputs and on the Llama's residual branches while training.
+        lora: adapters in the Llama's layers; None: none.
     """
 
     llama: LlamaConfig
@@ -51,6 +53,7 @@ class EfficientIDSConfig:
     output_tying: Literal["adapter", "shared_mlp"] = "adapter"
     init_std: float | None = None
     dropout: float = 0.0
+    lora: LoRAConfig | None = None
 
 
 class LossParts(NamedTuple):
@@ -84,7 +87,8 @@ class LlamaEfficientIDSModel(nnx.Module):
         keys = jax.random.split(key, 5)
         vectors = Init(0.02 if config.init_std is None else config.init_std)
         width = config.llama.hidden_size
-        self.llama = Llama(config.llama, keys[0], compute, init)
+        adapted = dataclasses.replace(init or Init(), lora=config.lora)
+        self.llama = Llama(config.llama, keys[0], compute, adapted)
         self.items = ItemVectors(config.num_items, config.item_dim, config.item_rank, keys[1], vectors)
         self.input_adapter = InputAdapter(config.item_dim, width, keys[2], config.init_std, jnp.float32)
         self.item_bias_N = nnx.Param(jnp.zeros((config.num_items + 1,)))
@@ -151,12 +155,15 @@ class LlamaEfficientIDSModel(nnx.Module):
         """A sequence → hidden states [B, T, D] after the final norm; with a key, under dropout."""
         x_BTD = self.input_adapter(self.items(sequence.item_ids).astype(self.llama.compute.dtype))
         key_input = key_layers = None
-        if key is not None and self.config.dropout > 0:
+        if key is not None and self._drops():
             key_input, key_layers = jax.random.split(key)
             x_BTD = Dropout(self.config.dropout, key_input)(x_BTD, 0)
         text_BTD = self.llama.embed(sequence.input_ids)
         x_BTD = jnp.where(sequence.item_mask[..., None], x_BTD, text_BTD)
         return self.llama.hidden(x_BTD, dropout=self.config.dropout, key=key_layers, segments_BT=sequence.segments)
+
+    def _drops(self) -> bool:
+        return self.config.dropout > 0 or (self.config.lora is not None and self.config.lora.dropout > 0)
 
     def last_hidden(self, sequence: Woven) -> Array:
         """The hidden state at each row's last real position: [B, D]. A row of length 0 reads its first position.

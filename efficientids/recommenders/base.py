@@ -13,6 +13,8 @@ import jax
 import numpy as np
 from flax import nnx
 
+from core.lora import is_adapter
+
 Batch = Mapping[str, Any]
 # An NNX filter: (path, variable) → bool, a variable type, or a combination of these (`nnx.All`, `nnx.Not`, …).
 Filter = Any
@@ -82,7 +84,8 @@ class Training:
 
     Attributes:
         num_steps, steps_per_epoch, batch_specs, batches: as in `Phase`.
-        optimizer: of the group that trains.
+        optimizer: of items, heads and whatever else is not pretrained.
+        llama_optimizer: of what trains of a pretrained Llama; None where there is none.
     """
 
     num_steps: int
@@ -90,12 +93,19 @@ class Training:
     batch_specs: Sequence[Mapping[str, jax.ShapeDtypeStruct]]
     optimizer: OptimizerConfig
     batches: Callable[[int, int], Iterator[Batch]]
+    llama_optimizer: OptimizerConfig | None = None
 
-    def phase(self, name: str, trained: Filter, loss: Callable[..., LossSum]) -> Phase:
-        """The phase that trains the parameters matching `trained` on batches of histories."""
+    def phase(
+        self, name: str, trained: Filter, loss: Callable[..., LossSum], llama_trained: Filter | None = None
+    ) -> Phase:
+        """The phase that trains what matches `trained`, and `llama_trained` at its own rate."""
+        groups = [(trained, self.optimizer)]
+        if llama_trained is not None:
+            assert self.llama_optimizer is not None
+            groups.append((llama_trained, self.llama_optimizer))
         return Phase(
             name=name,
-            groups=[(trained, self.optimizer)],
+            groups=groups,
             batch_specs=self.batch_specs,
             batches=self.batches,
             loss=loss,
@@ -144,6 +154,11 @@ class Recommender(Protocol):
 
     def recommend(self, model: nnx.Module, histories: Histories, k: int, exclude: np.ndarray | None) -> Ranked:
         """The k best items after each history, without those in `exclude` (int32 [B, X], padded with 0)."""
+
+
+def in_base(path: tuple[Any, ...], variable: Any) -> bool:
+    """The filter for the pretrained part without adapters: what a weight file holds."""
+    return in_llama(path, variable) and not is_adapter(path, variable)
 
 
 def in_llama(path: tuple[Any, ...], _: Any) -> bool:

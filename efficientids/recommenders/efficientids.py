@@ -21,6 +21,7 @@ from core.embeddings import Woven, items_only, weave
 from core.functional import Buffer
 from core.layers import Init
 from core.llama import Compute
+from core.lora import LoRAConfig, is_adapter
 from core.models.efficientids import EfficientIDSConfig, LlamaEfficientIDSModel
 from efficientids.recommenders.base import Batch, Histories, LossSum, Phase, Ranked, Training, in_llama
 from efficientids.recommenders.shapes import ranked
@@ -65,6 +66,8 @@ class EfficientIDSSpec:
         scaling = llama["rope_scaling"]
         llama["rope_scaling"] = None if scaling is None else RopeScaling(**scaling)
         model["llama"] = LlamaConfig(**llama)
+        lora = model.get("lora")
+        model["lora"] = None if lora is None else LoRAConfig(**{**lora, "targets": tuple(lora["targets"])})
         return EfficientIDSSpec(**{**values, "model": EfficientIDSConfig(**model)})
 
 
@@ -83,8 +86,7 @@ class EfficientIDS:
         spec: shapes.
         compute, init: how the Llama computes and starts.
         clusters, titles: contents of the buffers; None builds them empty, to be filled from a checkpoint.
-        training: None where nothing is to be trained.
-        freeze_llama: train everything but the Llama.
+        training: None where nothing is to be trained; its `llama_optimizer` is None for a frozen Llama.
     """
 
     def __init__(
@@ -96,11 +98,10 @@ class EfficientIDS:
         clusters: Clusters | None = None,
         titles: np.ndarray | None = None,
         training: Training | None = None,
-        freeze_llama: bool = False,
     ) -> None:
         self.spec, self._compute, self._init = spec, compute, init
         self._clusters, self.titles = clusters, titles
-        self._training, self._freeze_llama = training, freeze_llama
+        self._training = training
 
     @property
     def max_items(self) -> int:
@@ -126,13 +127,15 @@ class EfficientIDS:
         return TitledModel(spec, key, table, clusters=clusters, compute=self._compute, init=self._init)
 
     def plan(self) -> Sequence[Phase]:
-        """One phase: everything, or everything but the Llama."""
+        """One phase: everything, or everything but the Llama, or that and the Llama's adapters."""
         training = self._training
         if training is None:
             raise ValueError("this recommender was built without `training`")
-        if self._freeze_llama:
+        if training.llama_optimizer is None:
             return [training.phase("frozen", nnx.Not(in_llama), self._loss)]
-        return [training.phase("full", nnx.Not(self._unread), self._loss)]
+        if self.spec.model.lora is not None:
+            return [training.phase("lora", nnx.Not(in_llama), self._loss, is_adapter)]
+        return [training.phase("full", nnx.Not(in_llama), self._loss, nnx.All(in_llama, nnx.Not(self._unread)))]
 
     def _unread(self, path: tuple[Any, ...], _: Any) -> bool:
         """The Llama's tables that this loss never reads: trained, they would only decay (and cost Adam's memory)."""

@@ -55,6 +55,14 @@ class System(Protocol):
     def headline(self, config: TrainConfig) -> str:
         """The model of a resolved configuration in a few words."""
 
+    def mode(self, config: TrainConfig, resolved: TrainConfig) -> str | None:
+        """What trains, and which flag or default of `config` decided that, in a line; None: there is no choice.
+
+        Args:
+            config: as asked for.
+            resolved: what `resolve` made of it.
+        """
+
     def recommender(self, config: TrainConfig, dataset: Dataset, earlier: Earlier | None) -> Recommender:
         """What a resolved configuration describes, ready to train on `dataset`.
 
@@ -114,16 +122,13 @@ def resolve_batch(config: TrainConfig, scale: Scale, default: int) -> TrainConfi
     return dataclasses.replace(config, data_dir=path, batch_size=batch, batch_size_per_device=None)
 
 
-def resolve_training(
-    config: TrainConfig, scale: Scale, buckets: Sequence[Bucket], *, learning_rate: float, max_warmup: int
-) -> TrainConfig:
-    """Length and rates of training in `buckets`, from the system's own defaults where flags leave them open."""
-    rate = learning_rate if config.learning_rate is None else config.learning_rate
+def resolve_training(config: TrainConfig, scale: Scale, buckets: Sequence[Bucket], *, max_warmup: int) -> TrainConfig:
+    """Length of training in `buckets`, from the system's own defaults where flags leave it open."""
     epoch = steps_per_epoch(scale.train_lengths, buckets)
     num_steps = config.num_steps or max(1, math.ceil((config.epochs or DEFAULT_EPOCHS) * epoch))
     warmup = min(max_warmup, num_steps // 10) if config.warmup_steps is None else config.warmup_steps
     return dataclasses.replace(
-        config, num_steps=num_steps, epochs=None, warmup_steps=warmup, learning_rate=rate,
+        config, num_steps=num_steps, epochs=None, warmup_steps=warmup,
         eval_every=config.eval_every or max(1, min(epoch, 1000)),
     )  # fmt: skip
 
@@ -162,8 +167,10 @@ def training(
 
     epoch = 1 if dataset is None else steps_per_epoch(dataset.train_lengths, buckets)
     settings = OptimizerConfig(config.learning_rate, config.warmup_steps, config.weight_decay, **optimizer)
+    own = config.llama_learning_rate
+    llama_settings = None if own is None else dataclasses.replace(settings, learning_rate=own)
     specs = [history_spec(*bucket) for bucket in buckets] if packing is None else [packing.batch_spec()]
-    return Training(config.num_steps, epoch, specs, settings, batches)
+    return Training(config.num_steps, epoch, specs, settings, batches, llama_settings)
 
 
 def history_spec(width: int, rows: int) -> dict[str, jax.ShapeDtypeStruct]:

@@ -29,6 +29,10 @@ class CountedSystem:
         """Nothing is open but where the data are."""
         return dataclasses.replace(config, data_dir=None if scale.dataset is None else Path(scale.dataset.path))
 
+    def mode(self, config: TrainConfig, resolved: TrainConfig) -> str | None:
+        """None: nothing trains."""
+        return None
+
     def weights(self, config: TrainConfig) -> Path | None:
         """None: there are no published weights."""
         return None

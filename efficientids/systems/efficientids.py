@@ -14,7 +14,6 @@ from flax import nnx
 from core.chunked import CHUNK_ELEMENTS
 from core.clustering import default_num_clusters
 from core.config import LlamaConfig
-from core.layers import Init
 from core.models.efficientids import EfficientIDSConfig
 from core.packing import PackPlan
 from efficientids.data.dataset import Dataset
@@ -36,9 +35,13 @@ from efficientids.systems.llama import (
     compute,
     described,
     llama_config,
-    llama_param_dtype,
+    llama_init,
     load_llama,
+    lora_config,
+    mode_text,
+    resolve_mode,
     starts_at_random,
+    training_mode,
     weights_folder,
     with_llama,
 )  # fmt: skip
@@ -85,13 +88,16 @@ class EfficientIDSSystem:
             item_dim=item_dim,
             tokenizer=_tokenizer(config),
             length_buckets=1 if one_shape else config.length_buckets,
+            learning_rate=config.learning_rate or (1e-3 if from_scratch else 5e-4),
             **_head(config, scale.num_items),
         )
-        return base.resolve_training(
-            config, scale, base.buckets_of(config, max_items, _packing_at(config, scale, llama)),
-            learning_rate=1e-3 if from_scratch else 5e-4 if config.freeze_llama else 5e-5,
-            max_warmup=100 if config.freeze_llama else 500,
-        )  # fmt: skip
+        config = resolve_mode(config, llama, from_scratch=from_scratch)
+        buckets = base.buckets_of(config, max_items, _packing_at(config, scale, llama))
+        return base.resolve_training(config, scale, buckets, max_warmup=100 if config.train == "frozen" else 500)
+
+    def mode(self, config: TrainConfig, resolved: TrainConfig) -> str:
+        """See `System.mode`."""
+        return mode_text(resolved, training_mode(config, llama_config(config))[1])
 
     def headline(self, config: TrainConfig) -> str:
         """See `System.headline`."""
@@ -112,13 +118,12 @@ class EfficientIDSSystem:
         return EfficientIDS(
             spec(config, llama, dataset.catalogue_size, shape, bos),
             compute=compute(config.precision, config.gradient_checkpointing),
-            init=Init(param_dtype=llama_param_dtype(config)),
+            init=llama_init(config),
             clusters=clusters,
             titles=titles,
             training=base.training(
                 config, max_items, dataset, window_items=window, packing=_packing(config, dataset, titles)
             ),
-            freeze_llama=config.freeze_llama,
         )
 
     def weights(self, config: TrainConfig) -> Path | None:
@@ -136,7 +141,7 @@ class EfficientIDSSystem:
             raise UserError(
                 f"{folder / 'config.json'} is not the shape of --llama_size {config.llama_size}:\n  {listed}"
             )
-        return with_llama(recommender, jax.random.key(config.seed), load_llama(folder, llama_param_dtype(config)))
+        return with_llama(recommender, jax.random.key(config.seed), load_llama(folder, llama_init(config)))
 
     def planned(self, config: TrainConfig, scale: Scale) -> EfficientIDS:
         """Clusters, where there are any, are those of --clustering, or taken to be balanced.
@@ -147,15 +152,14 @@ class EfficientIDSSystem:
         return EfficientIDS(
             spec(config, llama_config(config), scale.num_items, cluster_shape(config, scale.num_items)),
             compute=compute(config.precision, config.gradient_checkpointing, CHUNK_ELEMENTS),
-            init=Init(param_dtype=llama_param_dtype(config)),
+            init=llama_init(config),
             training=base.training(config, config.max_seq_len, None, packing=_planned_packing(config, scale)),
-            freeze_llama=config.freeze_llama,
         )
 
     def restored(self, spec: Mapping[str, Any], config: TrainConfig, precision: str) -> EfficientIDS:
         """See `System.restored`."""
-        init = Init(param_dtype=llama_param_dtype(config))
-        return EfficientIDS(EfficientIDSSpec.from_json(dict(spec)), compute=compute(precision), init=init)
+        known = EfficientIDSSpec.from_json(dict(spec))
+        return EfficientIDS(known, compute=compute(precision), init=llama_init(config))
 
 
 SYSTEMS: dict[str, base.System] = {"efficientids": EfficientIDSSystem()}
@@ -176,6 +180,7 @@ def spec(
             output_tying=config.output_tying,
             init_std=config.init_std,
             dropout=config.dropout,
+            lora=lora_config(config),
         ),
         seq_len=config.seq_len,
         max_seq_len=config.max_seq_len,

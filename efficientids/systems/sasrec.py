@@ -36,13 +36,18 @@ class SASRecSystem:
             base.resolve_batch(config, scale, 32),
             dropout=0.5 if config.dropout is None else config.dropout,
             init_std=config.init_std or 0.02,
+            learning_rate=config.learning_rate or 1e-3,
         )
         buckets = base.buckets_of(config, config.seq_len)
-        return base.resolve_training(config, scale, buckets, learning_rate=1e-3, max_warmup=500)
+        return base.resolve_training(config, scale, buckets, max_warmup=500)
 
     def headline(self, config: TrainConfig) -> str:
         """See `System.headline`."""
         return f"SASRec, width {config.width}, {config.num_layers} layers, {config.seq_len} positions, full softmax"
+
+    def mode(self, config: TrainConfig, resolved: TrainConfig) -> str | None:
+        """None: everything trains."""
+        return None
 
     def recommender(self, config: TrainConfig, dataset: Dataset, earlier: Earlier | None) -> SASRecRecommender:
         """See `System.recommender`."""

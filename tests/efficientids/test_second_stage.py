@@ -23,7 +23,7 @@ pytestmark = pytest.mark.usefixtures("quick_compile")
 
 
 def second_stage(run: str, folder: Path, data: Dataset, weights: Path, *more: str) -> Path:
-    job = {**SMALL_JOB, "num_steps": 1, "learning_rate": 1e-5, "batch_size": 16}
+    job = {**SMALL_JOB, "num_steps": 1, "learning_rate": 1e-5, "llama_learning_rate": 1e-5, "batch_size": 16}
     given = flags(load_checkpoint=run, checkpoint_dir=folder, data_dir=data.path, weights=weights, **job)
     assert main([*given, *more]) == 0
     return folder

@@ -15,6 +15,8 @@ from flax import nnx
 
 from core.clustering import by_popularity, from_assignment
 from core.functional import Buffer
+from core.layers import Init
+from core.lora import LoRAConfig
 from core.models.efficientids import EfficientIDSConfig
 from efficientids.recommenders.base import Batch, LossSum, OptimizerConfig, Phase, Training, in_llama
 from efficientids.recommenders.efficientids import EfficientIDS, EfficientIDSSpec
@@ -35,12 +37,16 @@ def no_batches(seed: int, start_step: int) -> Iterator[Batch]:
     raise AssertionError("a step needs no batches")
 
 
-def system(*, freeze: bool = False, head: Any = "full", adam: OptimizerConfig = ADAM) -> EfficientIDS:
+def system(
+    *, train: str = "full", head: Any = "full", adam: OptimizerConfig = ADAM, quantize: Any = None
+) -> EfficientIDS:
     clusters = from_assignment(by_popularity(np.arange(NUM_ITEMS), 5), 5) if head == "two_level" else None
-    model = EfficientIDSConfig(LLAMA, NUM_ITEMS, item_dim=8, head=head)
+    lora = LoRAConfig(4, 8.0) if train == "lora" else None
+    model = EfficientIDSConfig(LLAMA, NUM_ITEMS, item_dim=8, head=head, lora=lora)
     spec = EfficientIDSSpec(model, seq_len=ITEMS, max_seq_len=ITEMS)
-    training = Training(10, 1.0, [history_spec(ITEMS, ROWS)], adam, no_batches)
-    return EfficientIDS(spec, clusters=clusters, training=training, freeze_llama=freeze)
+    own = None if train == "frozen" else adam
+    training = Training(10, 1.0, [history_spec(ITEMS, ROWS)], adam, no_batches, own)
+    return EfficientIDS(spec, clusters=clusters, training=training, init=Init(quantize=quantize))
 
 
 def model_of(recommender: EfficientIDS) -> nnx.Module:
@@ -93,16 +99,17 @@ def test_accumulated_micro_batches_equal_the_large_batch() -> None:
     assert max(np.abs(leaf).max() for leaf in jax.tree.leaves(large_moved)) > 1e-3
 
 
-def test_frozen_parameters_are_read_and_nothing_else() -> None:
-    made = program(system(freeze=True))
+@pytest.mark.parametrize(("train", "quantize"), [("frozen", None), ("lora", None), ("lora", "nf4")])
+def test_frozen_parameters_are_read_and_nothing_else(train: str, quantize: str | None) -> None:
+    made = program(system(train=train, quantize=quantize))
     frozen_before, params_before = jax.tree.map(np.array, (made.frozen, made.state.params))
     compiled = made.step.lower(made.state, made.frozen, batch(), KEY).compile()
     memory = compiled.memory_analysis()
     assert memory is not None
     written, frozen = size(made.state), size(made.frozen)
-    assert frozen > 20_000
+    assert frozen > (4_000 if quantize else 20_000)
     # Outputs: the state and three metrics, with a pointer or a little alignment each, and nothing of the Llama's size.
-    assert written <= memory.output_size_in_bytes < written + frozen // 4
+    assert written <= memory.output_size_in_bytes < written + 1000
     # The state is written over itself: donated, and every large array of it aliased.
     assert memory.alias_size_in_bytes > 0.9 * written
 
@@ -112,10 +119,10 @@ def test_frozen_parameters_are_read_and_nothing_else() -> None:
         np.testing.assert_array_equal(leaf[...], dict(nnx.to_flat_state(nnx.state(model)))[path][...])
     llama = [path for path, _ in nnx.to_flat_state(frozen_before)]
     assert llama and all(in_llama(path, None) for path in llama)
-    # The optimiser keeps two moments of each trained parameter, two counters, and nothing of the Llama's.
+    # The optimisers keep two moments of each trained parameter, two counters, and nothing of the Llama's but adapters'.
     paths = [jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(state.opt_states)]
-    assert not [path for path in paths if "llama" in path]
-    assert len(paths) == 2 * len(jax.tree.leaves(params_before)) + 2
+    assert not [path for path in paths if "llama" in path and "adapter" not in path]
+    assert len(paths) == 2 * len(jax.tree.leaves(params_before)) + 2 * len(state.params)
     changed = jax.tree.map(lambda a, b: bool((np.asarray(a) != b).any()), state.params, params_before)
     assert all(jax.tree.leaves(changed))
 
@@ -132,7 +139,7 @@ def test_norm_scales_and_biases_are_not_decayed(head: str) -> None:
     made = build_program(model, phase, accumulation=1, grad_clip=1.0)
     state, _ = made.step(made.state, made.frozen, batch(), KEY)
     kept, rate = set(), float(optimizer.learning_rate(ADAM, phase.num_steps)(0))
-    for path, leaf in nnx.to_flat_state(state.params[0]):
+    for path, leaf in nnx.to_flat_state(nnx.merge_state(*state.params)):
         values = np.asarray(leaf[...])
         if (values == 1).all():
             kept.add(".".join(map(str, path)))

@@ -176,7 +176,7 @@ def test_what_the_rest_decides() -> None:
     frozen = resolved("--llama_size 1b --freeze_llama --num_steps 5000")
     assert (frozen.batch_size, frozen.warmup_steps, frozen.learning_rate, frozen.dropout) == (8, 100, 5e-4, 0)
     tuned = resolved("--llama_size 1b --num_steps 10000")
-    assert (tuned.warmup_steps, tuned.learning_rate, tuned.gradient_checkpointing) == (500, 5e-5, "full")
+    assert (tuned.warmup_steps, tuned.learning_rate, tuned.gradient_checkpointing) == (500, 5e-4, "full")
     scratch = resolved("--num_steps 100")
     assert (scratch.batch_size, scratch.warmup_steps, scratch.learning_rate, scratch.dropout) == (32, 10, 1e-3, 0.2)
     assert (scratch.head, scratch.item_dim, scratch.max_seq_len, scratch.num_clusters) == ("full", 64, 64, None)
