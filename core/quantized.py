@@ -2,7 +2,8 @@
 
 int8 is symmetric; nf4 is the 4-bit NormalFloat of QLoRA (arXiv 2305.14314, appendix E), two codes a byte. Both scale
 blocks of at most 64 weights by their largest magnitude, rounded up to a bfloat16, so that no code is clipped: 8.25 and
-4.25 bits a weight. qwix 0.1.8 was tried first: it changes modules while they run and fails inside a scan over layers.
+4.25 bits a weight where 64 divides the axis. qwix 0.1.8 was tried first: it changes modules while they run and fails
+inside a scan over layers.
 
 A block lies along the last in-axis of a weight, and codes and scales keep the weight's other axes: sharding rules of
 the weight hold for both.
@@ -23,6 +24,7 @@ from jax import Array
 
 Format = Literal["int8", "nf4"]
 BLOCK = 64
+_SHORTEST = 16  # below it scales would cost more than 1 bit a weight
 
 # The quantiles of a normal distribution, scaled to [−1, 1], 0 among them (QLoRA, appendix E).
 _NF4 = np.array(
@@ -48,7 +50,7 @@ class QuantizedWeight(nnx.Module):
         format: "int8" or "nf4".
 
     Raises:
-        ValueError: the axis does not divide into blocks (or, for nf4, into pairs).
+        ValueError: as `quantize`.
     """
 
     def __init__(self, weight: Array, axis: int, format: Format) -> None:
@@ -67,12 +69,12 @@ def quantize(weight: Array, axis: int, format: Format) -> tuple[Array, Array]:
     """weight [W…, I, O…] → codes int8 [W…, I, O…] or uint8 [W…, I / 2, O…] (nf4), scales bfloat16 [W…, b, O…].
 
     Raises:
-        ValueError: I does not divide into blocks of `BLOCK` (or of I, where that is less), or is odd (nf4).
+        ValueError: I does not divide into blocks of 16 to 64 (or is one of less), or is odd (nf4).
     """
     size = weight.shape[axis]
-    block = min(BLOCK, size)
-    if size % block or (format == "nf4" and block % 2):
-        raise ValueError(f"{format}: an axis of {size} does not divide into blocks of {block} (and pairs)")
+    block = block_size(size)
+    if block < min(_SHORTEST, size) or (format == "nf4" and size % 2):
+        raise ValueError(f"{format}: an axis of {size} does not divide into blocks of 16 to 64 (and pairs)")
     blocks = weight.astype(jnp.float32).reshape(*weight.shape[:axis], size // block, block, *weight.shape[axis + 1 :])
     largest = jnp.max(jnp.abs(blocks), axis=axis + 1, keepdims=True)
     unit = _bfloat16_above(largest / (127.0 if format == "int8" else 1.0))
@@ -85,6 +87,11 @@ def quantize(weight: Array, axis: int, format: Format) -> tuple[Array, Array]:
     pairs = codes.reshape(*weight.shape[:axis], size // 2, 2, *weight.shape[axis + 1 :])
     low, high = jnp.take(pairs, 0, axis + 1), jnp.take(pairs, 1, axis + 1)
     return low | (high << 4), scales
+
+
+def block_size(size: int) -> int:
+    """The largest divisor of an axis that is at most `BLOCK`."""
+    return next(block for block in range(min(BLOCK, size), 0, -1) if size % block == 0)
 
 
 def quantize_as(weight: Array, codes: jax.ShapeDtypeStruct, scales: jax.ShapeDtypeStruct) -> tuple[Array, Array]:

@@ -12,10 +12,10 @@ from core.config import TINY
 from core.layers import Init, LlamaLinear
 from core.llama import Llama
 from core.llama_loader import LlamaLoader
-from core.quantized import _NF4, BLOCK, Format, QuantizedParam, dequantize, quantize
+from core.quantized import _NF4, Format, QuantizedParam, block_size, dequantize, quantize
 from tests.core.checkpoints import leaves, tensors_of, write
 
-SHAPES = [((128, 6), 0), ((3, 64, 5), 1), ((2, 32, 5), 1), ((192, 2, 4), 0)]
+SHAPES = [((128, 6), 0), ((3, 64, 5), 1), ((2, 32, 5), 1), ((192, 2, 4), 0), ((172, 3), 0)]
 FORMATS: list[Format] = ["int8", "nf4"]
 
 
@@ -26,7 +26,7 @@ def weights(shape: tuple[int, ...]) -> np.ndarray:
 def oracle(weight: np.ndarray, axis: int, format: Format) -> np.ndarray:
     """Block by block, the nearest of all values that the block can hold."""
     moved = np.moveaxis(weight, axis, -1).copy()
-    block = min(BLOCK, moved.shape[-1])
+    block = block_size(moved.shape[-1])
     for row in moved.reshape(-1, block):
         largest = np.abs(row).max()
         grid = np.arange(-127, 128) / 127 if format == "int8" else _NF4
@@ -48,7 +48,7 @@ def test_every_weight_becomes_a_nearest_value(shape: tuple[int, ...], axis: int,
     # The scale is the least bfloat16 above the largest magnitude: the oracle's may lie one further, so errors compare.
     error, expected = np.abs(found - weight), np.abs(oracle(weight, axis, format) - weight)
     assert error.mean() <= expected.mean() * 1.01
-    block = min(BLOCK, shape[axis])
+    block = block_size(shape[axis])
     unit = np.repeat(np.asarray(scales.astype(jnp.float32)), block, axis=axis)
     widest = 0.5 if format == "int8" else np.diff(_NF4).max() / 2
     assert (error <= unit * widest * 1.0001).all()
@@ -64,6 +64,10 @@ def test_no_code_is_clipped_and_zero_stays_zero(format: Format) -> None:
     largest = np.abs(weight.reshape(2, 64, 4)).max(axis=1)
     unit = np.asarray(scales.astype(jnp.float32)) * (127 if format == "int8" else 1)
     assert (unit >= largest).all() and (unit <= largest * (1 + 2.0**-7)).all()
+
+
+def test_blocks_are_the_longest_that_divide() -> None:
+    assert [block_size(n) for n in (4096, 11008, 128, 48, 172, 67)] == [64, 64, 64, 48, 43, 1]
 
 
 def test_bytes_a_weight() -> None:
@@ -119,7 +123,7 @@ def test_weights_are_quantised_as_they_are_read(tmp_path: Path, format: Format) 
         np.testing.assert_array_equal(held[*path, "scales"], scales)
 
 
-@pytest.mark.parametrize(("size", "format"), [(96, "int8"), (96, "nf4"), (7, "nf4")])
+@pytest.mark.parametrize(("size", "format"), [(127, "int8"), (67, "nf4"), (7, "nf4")])
 def test_an_axis_that_does_not_divide_is_refused(size: int, format: Format) -> None:
     with pytest.raises(ValueError, match=f"an axis of {size} does not divide"):
         quantize(jnp.zeros((size, 2)), 0, format)
