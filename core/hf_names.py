@@ -111,7 +111,9 @@ class Layout:
     def to_hf(self, tensor: T) -> T:
         """Ours (one layer's) → Hugging Face's, of the same dtype. Raises ValueError for a tensor of another shape."""
         self._check(tensor.shape, self.our_shape)
-        return tensor.transpose(np.argsort(self._axes).tolist()).reshape(self.hf_shape)
+        theirs = tensor.transpose(np.argsort(self._axes).tolist()).reshape(self.hf_shape)
+        # safetensors (0.8) writes a NumPy array in the order of its memory: a transposed view would come back mixed up.
+        return np.ascontiguousarray(theirs) if isinstance(theirs, np.ndarray) else theirs
 
     @staticmethod
     def _check(found: tuple[int, ...], expected: tuple[int, ...]) -> None:
