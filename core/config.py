@@ -7,7 +7,8 @@ import os
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from core.hf_config import ConfigError, read_llama_fields
+from core.hf_config import read_llama_fields
+from core.hf_families import BIAS_FLAGS, FAMILIES, ConfigError, Window, family_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,6 +30,14 @@ class LlamaConfig:
     """The shape of a Llama and the constants of its arithmetic.
 
     No defaults for `head_dim`, `rms_norm_eps`, `rope_theta`, `rope_scaling`: a wrong default there is a silent bug.
+    What has a default is absent from a plain Llama.
+
+    Attributes:
+        attention_bias: of q, k, v, and of o where `attention_bias_on_o` (false in Qwen2; true where no bias is).
+        qk_norm: an RMSNorm over each head of q and k, before they are rotated (Qwen3).
+        sliding_window: positions that a position attends to, itself among them (Mistral). Up to that length this is
+            full attention, which is what is computed; longer sequences are refused. None: no limit.
+        normalised_head: the LM head's rows have length 1 when they meet hidden states (Baichuan2's NormHead).
 
     Raises:
         ConfigError: sizes that are not positive or do not fit each other.
@@ -48,6 +57,10 @@ class LlamaConfig:
     tie_word_embeddings: bool
     attention_bias: bool = False
     mlp_bias: bool = False
+    attention_bias_on_o: bool = True
+    qk_norm: bool = False
+    sliding_window: int | None = None
+    normalised_head: bool = False
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
@@ -58,12 +71,14 @@ class LlamaConfig:
             raise ConfigError(f"num_heads {self.num_heads} is not a multiple of num_kv_heads {self.num_kv_heads}")
         if self.head_dim % 2:
             raise ConfigError(f"head_dim {self.head_dim} is odd; rotary positions turn pairs of coordinates")
+        if not (self.attention_bias or self.attention_bias_on_o):
+            raise ConfigError("attention_bias_on_o False excepts o from the biases, but attention_bias is False too")
         if self.rope_scaling is not None and self.rope_scaling.kind == "dynamic" and self.head_dim == 2:
             raise ConfigError("head_dim 2 with rope_scaling 'dynamic': its exponent H / (H - 2) is infinite")
 
     @classmethod
     def from_hf(cls, source: Mapping[str, Any] | str | os.PathLike[str]) -> LlamaConfig:
-        """Reads a Hugging Face Llama configuration, of transformers 4 or 5.
+        """Reads a Hugging Face configuration of transformers 4 or 5: a Llama's, or another of `core.hf_families`.
 
         Args:
             source: the content of a `config.json`, its path, or the path of the folder that holds it.
@@ -74,43 +89,66 @@ class LlamaConfig:
         fields = read_llama_fields(source)
         scaling = fields.pop("rope_scaling")
         try:
-            return cls(**fields, rope_scaling=None if scaling is None else RopeScaling(**scaling))
+            config = cls(**fields, rope_scaling=None if scaling is None else RopeScaling(**scaling))
+            family_of(config)
         except ConfigError as error:
             raise ConfigError(f"{'config' if isinstance(source, Mapping) else source}: {error}") from error
+        return config
 
     def to_hf(self, torch_dtype: str = "float32") -> dict[str, Any]:
         """The content of a `config.json` in the old style, which transformers 4 and 5 read.
 
-        Token ids (bos, eos, pad) are no part of a `LlamaConfig`: who exports a checkpoint takes them from its source.
+        The model_type is the first that computes this: a Mistral without a window is written as a Llama. Token ids
+        (bos, eos, pad) and the code of a Baichuan (`auto_map`) are no part of a `LlamaConfig`: who exports a checkpoint
+        takes them from its source.
 
         Args:
             torch_dtype: of the weights beside the file, such as "bfloat16".
+
+        Raises:
+            ConfigError: no architecture of Hugging Face's computes this.
         """
-        scaling = None
-        if self.rope_scaling is not None:
-            given = {name: value for name, value in dataclasses.asdict(self.rope_scaling).items() if value is not None}
-            scaling = {"rope_type": given.pop("kind"), **given}
+        name = family_of(self)
+        family = FAMILIES[name]
         return {
-            "architectures": ["LlamaForCausalLM"],
-            "model_type": "llama",
+            "architectures": [family.architecture],
+            "model_type": name,
             "vocab_size": self.vocab_size,
             "hidden_size": self.hidden_size,
             "intermediate_size": self.intermediate_size,
             "num_hidden_layers": self.num_layers,
             "num_attention_heads": self.num_heads,
-            "num_key_value_heads": self.num_kv_heads,
-            "head_dim": self.head_dim,
             "hidden_act": "silu",
             "max_position_embeddings": self.max_position_embeddings,
             "rms_norm_eps": self.rms_norm_eps,
-            "rope_theta": self.rope_theta,
-            "rope_scaling": scaling,
             "tie_word_embeddings": self.tie_word_embeddings,
-            "attention_bias": self.attention_bias,
-            "mlp_bias": self.mlp_bias,
-            "attention_dropout": 0.0,
+            **{flag: getattr(self, flag) for flag in BIAS_FLAGS if flag not in family.fixed},
+            **({"model_max_length": self.max_position_embeddings} if family.plain_heads else self._hf_heads()),
+            **self._hf_window(family.window),
             "torch_dtype": torch_dtype,
         }
+
+    def _hf_heads(self) -> dict[str, Any]:
+        scaling = None
+        if self.rope_scaling is not None:
+            given = {name: value for name, value in dataclasses.asdict(self.rope_scaling).items() if value is not None}
+            scaling = {"rope_type": given.pop("kind"), **given}
+        return {
+            "num_key_value_heads": self.num_kv_heads,
+            "head_dim": self.head_dim,
+            "rope_theta": self.rope_theta,
+            "rope_scaling": scaling,
+            "attention_dropout": 0.0,
+        }
+
+    def _hf_window(self, window: Window) -> dict[str, Any]:
+        if window == "none":
+            return {}
+        by_layer = {} if window == "always" else {
+            "use_sliding_window": self.sliding_window is not None,
+            "max_window_layers": 0 if self.sliding_window else self.num_layers,
+        }  # fmt: skip
+        return {"sliding_window": self.sliding_window, **by_layer}
 
 
 TINY = LlamaConfig(

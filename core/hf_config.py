@@ -1,6 +1,6 @@
-"""Reads Hugging Face's `config.json` of a Llama: every field by a whitelist, what we cannot do refused by name.
+"""Reads Hugging Face's `config.json`: every field by a whitelist, what we cannot do refused by name.
 
-Hugging Face's Llama defaults (`transformers` 5.23, `configuration_llama.py`) stand here and nowhere else.
+What differs between architectures, their defaults too, stands in `core.hf_families`.
 """
 
 from __future__ import annotations
@@ -13,25 +13,21 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from core.hf_families import FAMILIES, FLAGS, ConfigError, Family
+
 log = logging.getLogger(__name__)
 
-
-class ConfigError(ValueError):
-    """A Llama configuration that cannot be read, contradicts itself or asks for what we cannot do."""
-
-
-# Hugging Face's name → (our name, its default). None: derived from the other fields.
-_SIZES: dict[str, tuple[str, int | None]] = {
-    "vocab_size": ("vocab_size", 32000),
-    "hidden_size": ("hidden_size", 4096),
-    "intermediate_size": ("intermediate_size", 11008),
-    "num_hidden_layers": ("num_layers", 32),
-    "num_attention_heads": ("num_heads", 32),
-    "num_key_value_heads": ("num_kv_heads", None),
-    "head_dim": ("head_dim", None),
-    "max_position_embeddings": ("max_position_embeddings", 2048),
+# Hugging Face's name → ours.
+_SIZES: dict[str, str] = {
+    "vocab_size": "vocab_size",
+    "hidden_size": "hidden_size",
+    "intermediate_size": "intermediate_size",
+    "num_hidden_layers": "num_layers",
+    "num_attention_heads": "num_heads",
+    "num_key_value_heads": "num_kv_heads",
+    "head_dim": "head_dim",
+    "max_position_embeddings": "max_position_embeddings",
 }
-_FLAGS = ("tie_word_embeddings", "attention_bias", "mlp_bias")  # all false by default
 _DEFAULT_EPS = 1e-6
 _DEFAULT_THETA = 10000.0
 
@@ -44,51 +40,24 @@ _ROPE_PARAMETERS: dict[str, tuple[str, ...]] = {
 }
 _ROPE_COMMON = ("rope_type", "type", "rope_theta", "partial_rotary_factor")
 
-# Fields that change what is computed, with the values under which ours is the same model. Absent is always accepted.
-# The second half are not fields of HF's Llama: they betray another architecture or a fork that calls itself a Llama.
-_ONLY: dict[str, tuple[Any, ...]] = {
-    "model_type": ("llama",),
-    "architectures": (None, [], ["LlamaForCausalLM"]),
-    "hidden_act": ("silu", "swish"),  # two names of one function
-    "partial_rotary_factor": (None, 1),
-    "quantization_config": (None, {}),
-    "attention_dropout": (None, 0),  # no effect on inference, but training would differ from what the file says
-    "pruned_heads": (None, {}),
-    "is_encoder_decoder": (None, False),
-    "add_cross_attention": (None, False),
-    "auto_map": (None, {}),  # code of its own
-    "sliding_window": (None,),
-    "use_sliding_window": (None, False),
-    "attention_chunk_size": (None,),
-    "no_rope_layers": (None, []),
-    "rope_interleaved": (None, False),
-    "alibi": (None, False),
-    "qk_norm": (None, False),
-    "use_qk_norm": (None, False),
-    "attn_logit_softcapping": (None,),
-    "final_logit_softcapping": (None,),
-    "attention_multiplier": (None,),
-    "embedding_multiplier": (None, 1),
-    "residual_multiplier": (None, 1),
-    "logits_scaling": (None, 1),
-    "num_experts": (None, 0),
-    "num_local_experts": (None, 0),
-}
-
 # Known to leave the arithmetic alone. `pretraining_tp` splits products for speed: its sums differ in rounding only.
 # Anything else is ignored too, but by name in a warning: HF's Llama reads no such field either, and real checkpoints
-# carry notes of the tools that made them; whatever is known to matter is in `_ONLY`.
+# carry notes of the tools that made them; whatever is known to matter is in `Family.only`. `model_max_length` repeats
+# `max_position_embeddings`, and `z_loss_weight` is of the loss that a model was pretrained with.
 _HARMLESS = frozenset(
     """
-    _attn_implementation_autoset _name_or_path attn_implementation begin_suppress_tokens bos_token_id
-    chunk_size_feed_forward decoder_start_token_id eos_token_id finetuning_task id2label initializer_range is_decoder
-    label2id max_sequence_length original_max_position_embeddings output_attentions output_hidden_states pad_token_id
-    prefix pretraining_tp problem_type return_dict sep_token_id task_specific_params tokenizer_class torchscript
-    transformers_version unsloth_fixed unsloth_version use_cache
+    _attn_implementation_autoset _from_model_config _name_or_path attn_implementation begin_suppress_tokens bos_token_id
+    chunk_size_feed_forward decoder_start_token_id eos_token_id finetuning_task gradient_checkpointing id2label
+    initializer_range is_decoder label2id max_sequence_length model_max_length original_max_position_embeddings
+    output_attentions output_hidden_states pad_token_id prefix pretraining_tp problem_type return_dict sep_token_id
+    task_specific_params tokenizer_class torchscript transformers_version unsloth_fixed unsloth_version use_cache
+    z_loss_weight
     """.split()  # noqa: SIM905
 )
-_READ = frozenset({*_SIZES, *_FLAGS, *_ONLY, "rms_norm_eps", "rope_theta", "rope_scaling", "rope_parameters"})
-_READ_BUT_UNUSED = frozenset({"layer_types", "dtype", "torch_dtype"})
+_FULL, _SLIDING = "full_attention", "sliding_attention"
+_WINDOW = ("sliding_window", "use_sliding_window", "max_window_layers")
+_READ = frozenset({*_SIZES, *FLAGS, *_WINDOW, "rms_norm_eps", "rope_theta", "rope_scaling", "rope_parameters"})
+_READ_BUT_UNUSED = frozenset({"model_type", "architectures", "auto_map", "layer_types", "dtype", "torch_dtype"})
 
 
 def read_llama_fields(source: Mapping[str, Any] | str | os.PathLike[str]) -> dict[str, Any]:
@@ -102,22 +71,13 @@ def read_llama_fields(source: Mapping[str, Any] | str | os.PathLike[str]) -> dic
             something this Llama cannot do; the message names the file, the field and the value found.
     """
     where, raw = _open(source)
-    _refuse_the_impossible(where, raw)
-    fields: dict[str, Any] = {
-        ours: _integer(where, raw, name, default) for name, (ours, default) in _SIZES.items() if default is not None
-    }
-    heads, width = fields["num_heads"], fields["hidden_size"]
-    derived = {"num_key_value_heads": heads, "head_dim": width // heads}
-    for name, value in derived.items():
-        fields[_SIZES[name][0]] = value if raw.get(name) is None else _integer(where, raw, name, None)
-    if raw.get("head_dim") is None and width % heads:
-        raise ConfigError(
-            f"{where}: hidden_size {width} is not a multiple of num_attention_heads {heads} and head_dim is absent"
-        )
-    fields.update({name: _flag(where, raw, name) for name in _FLAGS})
+    family = _family(where, raw)
+    fields = _sizes(where, raw, family)
+    fields.update({name: _flag(where, raw, name) for name in FLAGS if name not in family.fixed})
     fields["rms_norm_eps"] = _positive(where, raw, "rms_norm_eps", _DEFAULT_EPS)
     fields["rope_scaling"], fields["rope_theta"] = _rope(where, raw)
-    return fields
+    fields["sliding_window"] = _window(where, raw, family, fields["num_layers"])
+    return {**fields, **family.fixed}
 
 
 def _open(source: Mapping[str, Any] | str | os.PathLike[str]) -> tuple[str, Mapping[str, Any]]:
@@ -139,26 +99,86 @@ def _open(source: Mapping[str, Any] | str | os.PathLike[str]) -> tuple[str, Mapp
     return str(path), raw
 
 
-def _refuse_the_impossible(where: str, raw: Mapping[str, Any]) -> None:
-    """Refuses, all at once, each field that says what this Llama cannot do; warns of fields nobody knows."""
+def _family(where: str, raw: Mapping[str, Any]) -> Family:
+    """The family a file is of. Refuses, all at once, each field that says what it cannot do; warns of unknown ones."""
     if "model_type" not in raw and "hidden_size" not in raw:
         raise ConfigError(f"{where}: neither model_type nor hidden_size is there: not the configuration of a Llama")
+    name = raw.get("model_type", "llama")
+    known = isinstance(name, str) and name in FAMILIES
+    family = FAMILIES[name if known else "llama"]
+    allowed: dict[str, tuple[Any, ...]] = {
+        "model_type": (*((name,) if known else FAMILIES),),
+        "architectures": (None, [], [family.architecture]),
+        **{flag: (None, family.fixed[flag]) for flag in FLAGS if flag in family.fixed},
+        **family.only,
+    }
     problems = [
-        f"{name} {raw[name]!r} (only {' or '.join(repr(v) for v in allowed)})"
-        for name, allowed in _ONLY.items()
-        if name in raw and raw[name] not in allowed
+        f"{name} {raw[name]!r} (only {' or '.join(repr(v) for v in values)})"
+        for name, values in allowed.items()
+        if name in raw and raw[name] not in values
+    ]
+    problems += [
+        f"{name} {_found(raw, name)} ({otherwise})"
+        for name, (other, otherwise) in family.telling.items()
+        if not raw.get(name) or raw[name] in other
     ]
     layer_types = raw.get("layer_types") or []
-    if not isinstance(layer_types, list) or layer_types != ["full_attention"] * len(layer_types):
+    all_full = isinstance(layer_types, list) and layer_types == [_FULL] * len(layer_types)
+    if family.window == "none" and not all_full:
         problems.append(f"layer_types {layer_types!r} (only 'full_attention')")
     dtypes = [str(raw[name]).removeprefix("torch.") for name in ("dtype", "torch_dtype") if raw.get(name) is not None]
     if len(set(dtypes)) > 1:
         problems.append(f"dtype {dtypes[0]!r} beside torch_dtype {dtypes[1]!r} (one of them, or both alike)")
     if problems:
-        raise ConfigError(f"{where}: cannot be run as a Llama here: " + "; ".join(problems))
-    unknown = sorted(set(raw) - _READ - _READ_BUT_UNUSED - _HARMLESS)
+        raise ConfigError(f"{where}: cannot be run as a {family.architecture} here: " + "; ".join(problems))
+    unknown = sorted(set(raw) - _READ - _READ_BUT_UNUSED - _HARMLESS - set(family.only))
     if unknown:
         log.warning("%s: fields that Hugging Face's Llama does not know are ignored: %s", where, ", ".join(unknown))
+    return family
+
+
+def _sizes(where: str, raw: Mapping[str, Any], family: Family) -> dict[str, Any]:
+    derived = ("num_key_value_heads", "head_dim")
+    fields = {
+        ours: _integer(where, raw, name, family.sizes[name]) for name, ours in _SIZES.items() if name not in derived
+    }
+    heads, width = fields["num_heads"], fields["hidden_size"]
+    for name, follows in zip(derived, (heads, width // heads), strict=True):
+        value = raw.get(name, family.sizes.get(name))
+        if name == "head_dim" and value is None and width % heads:
+            raise ConfigError(
+                f"{where}: hidden_size {width} is not a multiple of num_attention_heads {heads} and head_dim is absent"
+            )
+        fields[_SIZES[name]] = follows if value is None else _integer(where, raw, name, value)
+    return fields
+
+
+def _window(where: str, raw: Mapping[str, Any], family: Family, num_layers: int) -> int | None:
+    """The window of all layers, or None for full attention. Layers of both kinds in one model are refused."""
+    if family.window == "none":
+        return None
+    by_layer = family.window == "by layer"
+    slides = not by_layer or _flag(where, raw, "use_sliding_window")
+    window = raw.get("sliding_window", family.sizes["sliding_window"]) if slides else None
+    if window is not None:
+        window = _integer(where, raw, "sliding_window", window)
+    kinds = raw.get("layer_types")
+    if kinds is None:
+        first = raw.get("max_window_layers", family.sizes["max_window_layers"]) if by_layer else 0
+        if not isinstance(first, int) or isinstance(first, bool) or first < 0:
+            raise ConfigError(f"{where}: max_window_layers is {first!r}; a number of layers is expected")
+        full = num_layers if window is None else min(first, num_layers)
+        kinds = [_FULL] * full + [_SLIDING] * (num_layers - full)
+    if kinds == [_SLIDING] * num_layers and window is not None:
+        return window
+    # A family whose files name no layers has its window in all of them, whatever layer_types says.
+    if kinds == [_FULL] * num_layers and (window is None or by_layer):
+        return None
+    counted = f"{kinds.count(_SLIDING)} of {len(kinds)} sliding" if isinstance(kinds, list) else repr(kinds)
+    raise ConfigError(
+        f"{where}: sliding_window {window!r} and layer_types {counted}, for {num_layers} layers: only one window for "
+        "all layers, or none, can be run here"
+    )
 
 
 def _integer(where: str, raw: Mapping[str, Any], name: str, default: int | None) -> int:
@@ -226,7 +246,7 @@ def _rope_kind(where: str, block: Mapping[str, Any]) -> str:
     if kind not in list(_ROPE_PARAMETERS):
         raise ConfigError(f"{where}: rope_type {kind!r} is not supported, only {', '.join(_ROPE_PARAMETERS)}")
     partial = block.get("partial_rotary_factor")
-    if partial not in _ONLY["partial_rotary_factor"]:
+    if partial not in FAMILIES["llama"].only["partial_rotary_factor"]:
         raise ConfigError(f"{where}: partial_rotary_factor {partial!r} is not supported, only 1")
     taken = {*_ROPE_PARAMETERS[kind], *_ROPE_COMMON}
     extra = sorted(key for key, value in block.items() if key not in taken and value is not None)

@@ -5,6 +5,9 @@ The loader, the exporter and the parity tests read nothing else about the corres
 Legend of a layout: D hidden, N query heads, K key-value heads, H head dim, F MLP width, V vocabulary.
 `(N H) D -> D N H` says: Hugging Face's tensor has two axes, the first of N·H; ours has three. Their linear weights are
 (out, in), ours in-axes first. In memory our layers are stacked: a tensor of layer l is row l of ours.
+
+A name may end in a part: `W_pack.weight[q]` is the part q of a file's tensor `W_pack.weight`, whose parts lie one after
+another along its first axis, in the table's order. Everywhere but in the files such a part is a tensor like others.
 """
 
 from __future__ import annotations
@@ -19,6 +22,7 @@ import jax
 import numpy as np
 
 from core.config import LlamaConfig
+from core.hf_families import FAMILIES, family_of
 
 T = TypeVar("T", np.ndarray, jax.Array)
 
@@ -33,20 +37,25 @@ class Row:
     hf: str
     ours: str
     layout: str
-    when: Literal["always", "attention_bias", "mlp_bias", "untied"] = "always"
+    when: Literal["always", "qkv", "W_pack", "qkv_bias", "o_bias", "qk_norm", "mlp_bias", "untied"] = "always"
 
 
 TABLE = (
     Row("model.embed_tokens.weight", "embed_VD", "V D -> V D"),
     Row("model.layers.{}.input_layernorm.weight", "layers.attention_norm.scale", "D -> D"),
-    Row("model.layers.{}.self_attn.q_proj.weight", "layers.attention.q.weight", "(N H) D -> D N H"),
-    Row("model.layers.{}.self_attn.k_proj.weight", "layers.attention.k.weight", "(K H) D -> D K H"),
-    Row("model.layers.{}.self_attn.v_proj.weight", "layers.attention.v.weight", "(K H) D -> D K H"),
+    Row("model.layers.{}.self_attn.q_proj.weight", "layers.attention.q.weight", "(N H) D -> D N H", "qkv"),
+    Row("model.layers.{}.self_attn.k_proj.weight", "layers.attention.k.weight", "(K H) D -> D K H", "qkv"),
+    Row("model.layers.{}.self_attn.v_proj.weight", "layers.attention.v.weight", "(K H) D -> D K H", "qkv"),
+    Row("model.layers.{}.self_attn.W_pack.weight[q]", "layers.attention.q.weight", "(N H) D -> D N H", "W_pack"),
+    Row("model.layers.{}.self_attn.W_pack.weight[k]", "layers.attention.k.weight", "(K H) D -> D K H", "W_pack"),
+    Row("model.layers.{}.self_attn.W_pack.weight[v]", "layers.attention.v.weight", "(K H) D -> D K H", "W_pack"),
     Row("model.layers.{}.self_attn.o_proj.weight", "layers.attention.o.weight", "D (N H) -> N H D"),
-    Row("model.layers.{}.self_attn.q_proj.bias", "layers.attention.q.bias", "(N H) -> N H", "attention_bias"),
-    Row("model.layers.{}.self_attn.k_proj.bias", "layers.attention.k.bias", "(K H) -> K H", "attention_bias"),
-    Row("model.layers.{}.self_attn.v_proj.bias", "layers.attention.v.bias", "(K H) -> K H", "attention_bias"),
-    Row("model.layers.{}.self_attn.o_proj.bias", "layers.attention.o.bias", "D -> D", "attention_bias"),
+    Row("model.layers.{}.self_attn.q_proj.bias", "layers.attention.q.bias", "(N H) -> N H", "qkv_bias"),
+    Row("model.layers.{}.self_attn.k_proj.bias", "layers.attention.k.bias", "(K H) -> K H", "qkv_bias"),
+    Row("model.layers.{}.self_attn.v_proj.bias", "layers.attention.v.bias", "(K H) -> K H", "qkv_bias"),
+    Row("model.layers.{}.self_attn.o_proj.bias", "layers.attention.o.bias", "D -> D", "o_bias"),
+    Row("model.layers.{}.self_attn.q_norm.weight", "layers.attention.q_norm.scale", "H -> H", "qk_norm"),
+    Row("model.layers.{}.self_attn.k_norm.weight", "layers.attention.k_norm.scale", "H -> H", "qk_norm"),
     Row("model.layers.{}.post_attention_layernorm.weight", "layers.mlp_norm.scale", "D -> D"),
     Row("model.layers.{}.mlp.gate_proj.weight", "layers.mlp.gate.weight", "F D -> D F"),
     Row("model.layers.{}.mlp.up_proj.weight", "layers.mlp.up.weight", "F D -> D F"),
@@ -102,7 +111,9 @@ class Layout:
     def to_hf(self, tensor: T) -> T:
         """Ours (one layer's) → Hugging Face's, of the same dtype. Raises ValueError for a tensor of another shape."""
         self._check(tensor.shape, self.our_shape)
-        return tensor.transpose(np.argsort(self._axes).tolist()).reshape(self.hf_shape)
+        theirs = tensor.transpose(np.argsort(self._axes).tolist()).reshape(self.hf_shape)
+        # safetensors (0.8) writes a NumPy array in the order of its memory: a transposed view would come back mixed up.
+        return np.ascontiguousarray(theirs) if isinstance(theirs, np.ndarray) else theirs
 
     @staticmethod
     def _check(found: tuple[int, ...], expected: tuple[int, ...]) -> None:
@@ -120,14 +131,34 @@ class Place:
 
 
 def places(config: LlamaConfig) -> dict[str, Place]:
-    """Every tensor of a checkpoint of this config: Hugging Face's name → its place in ours."""
+    """Every tensor of a checkpoint of this config: Hugging Face's name, perhaps of a part, → its place in ours.
+
+    Raises:
+        ConfigError: no architecture of Hugging Face's computes what the config says.
+    """
     return dict(_places(config))
 
 
+def in_files(config: LlamaConfig) -> dict[str, dict[str, int]]:
+    """Every tensor in the files of a checkpoint → the names in `places` that it consists of, with the rows of each.
+
+    Most consist of themselves; the parts of the others, put together along the first axis, are the file's tensor.
+    """
+    found: dict[str, dict[str, int]] = {}
+    for name, place in places(config).items():
+        found.setdefault(name.split("[")[0], {})[name] = place.layout.hf_shape[0]
+    return found
+
+
 def _places(config: LlamaConfig) -> Iterator[tuple[str, Place]]:
+    fused = FAMILIES[family_of(config)].fused_qkv
     present: dict[str, Any] = {
         "always": True,
-        "attention_bias": config.attention_bias,
+        "qkv": not fused,
+        "W_pack": fused,
+        "qkv_bias": config.attention_bias,
+        "o_bias": config.attention_bias and config.attention_bias_on_o,
+        "qk_norm": config.qk_norm,
         "mlp_bias": config.mlp_bias,
         "untied": not config.tie_word_embeddings,
     }

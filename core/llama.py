@@ -73,14 +73,17 @@ class Attention(nnx.Module):
         self.q = LlamaLinear(key_q, "q", (d,), (n, h), bias, init)
         self.k = LlamaLinear(key_k, "k", (d,), (k, h), bias, init)
         self.v = LlamaLinear(key_v, "v", (d,), (k, h), bias, init)
-        self.o = LlamaLinear(key_o, "o", (n, h), (d,), bias, init)
+        self.o = LlamaLinear(key_o, "o", (n, h), (d,), bias and config.attention_bias_on_o, init)
+        self.q_norm = RMSNorm(h, config.rms_norm_eps, init) if config.qk_norm else None
+        self.k_norm = RMSNorm(h, config.rms_norm_eps, init) if config.qk_norm else None
 
     def __call__(
         self, x_BTD: Array, at: Positions, cache: tuple[Array, Array] | None, key: Array | None
     ) -> tuple[Array, Any]:
-        q_BTNH = rotate(self.q(x_BTD, key), at.cos, at.sin)
-        k_BTKH = rotate(self.k(x_BTD, key), at.cos, at.sin)
-        v_BTKH = self.v(x_BTD, key)
+        q_BTNH, k_BTKH, v_BTKH = self.q(x_BTD, key), self.k(x_BTD, key), self.v(x_BTD, key)
+        if self.q_norm is not None and self.k_norm is not None:
+            q_BTNH, k_BTKH = self.q_norm(q_BTNH), self.k_norm(k_BTKH)
+        q_BTNH, k_BTKH = rotate(q_BTNH, at.cos, at.sin), rotate(k_BTKH, at.cos, at.sin)
         if cache is None:
             return self.o(causal_attention(q_BTNH, k_BTKH, v_BTKH, at.segments), key), None
         row_B1 = jnp.arange(x_BTD.shape[0])[:, None]
@@ -152,8 +155,14 @@ class Llama(nnx.Module):
         return self.embed_VD[...][input_ids].astype(self.compute.dtype)
 
     def output_table(self) -> Array:
-        """The LM head's rows [V, D]: the embedding itself where the head is tied."""
-        return self.embed_VD[...] if self.head_VD is None else self.head_VD[...]
+        """The LM head's rows [V, D]: the embedding itself where the head is tied; of length 1 if `normalised_head`."""
+        table_VD = self.embed_VD[...] if self.head_VD is None else self.head_VD[...]
+        if not self.config.normalised_head:
+            return table_VD
+        wide_VD = table_VD.astype(jnp.float32)
+        # torch's F.normalize divides by 1e-12 at least.
+        squared_V1 = jnp.maximum(jnp.sum(wide_VD**2, axis=-1, keepdims=True), 1e-24)
+        return (wide_VD * jax.lax.rsqrt(squared_V1)).astype(table_VD.dtype)
 
     def logits(self, x_BTD: Array) -> Array:
         """Hidden states after the final norm → logits float32 [B, T, V]."""
@@ -169,6 +178,9 @@ class Llama(nnx.Module):
         `segments_BT` (int) tells the sequences of a packed row apart by a number of its own for each: a sequence is
         computed as if it stood alone in a row, from position 0 on. (But for dynamic NTK: beyond
         `max_position_embeddings` its frequencies follow from T, the whole row's length.)
+
+        Raises:
+            ValueError: T beyond `sliding_window`, packed or not.
         """
         return self.norm(self._run(x_BTD, None, dropout, key, segments_BT=segments_BT)[0])
 
@@ -180,9 +192,11 @@ class Llama(nnx.Module):
         """An empty cache for `slots` positions a row.
 
         Raises:
-            ValueError: dynamic NTK beyond `max_position_embeddings`: its frequencies would change under cached keys.
+            ValueError: dynamic NTK beyond `max_position_embeddings`: its frequencies would change under cached keys;
+                slots beyond `sliding_window`.
         """
         config = self.config
+        _refuse_beyond_window(config, slots)
         dynamic = config.rope_scaling is not None and config.rope_scaling.kind == "dynamic"
         if dynamic and slots > config.max_position_embeddings:
             raise ValueError(
@@ -217,6 +231,8 @@ class Llama(nnx.Module):
         segments_BT: Array | None = None,
     ) -> tuple[Array, Any]:
         """Scans the layers; also returns each layer's cache, or its output where `keep_layers`."""
+        if cache is None:
+            _refuse_beyond_window(self.config, x_BTD.shape[1])
         x_BTD = x_BTD.astype(self.compute.dtype)
         at = Positions.of(self.config, x_BTD, cache, segments_BT)
         keys_L = None if key is None else jax.random.split(key, self.config.num_layers)
@@ -230,6 +246,15 @@ class Llama(nnx.Module):
         body = layer if policy is None else jax.checkpoint(layer, prevent_cse=False, policy=policy)
         caches = None if cache is None else (cache.k_LBSKH, cache.v_LBSKH)
         return jax.lax.scan(body, x_BTD, (self.layers, caches, keys_L))
+
+
+def _refuse_beyond_window(config: LlamaConfig, length: int) -> None:
+    """Full attention is a sliding window's only up to its width."""
+    if config.sliding_window is not None and length > config.sliding_window:
+        raise ValueError(
+            f"{length} positions, but the Llama has a sliding_window of {config.sliding_window}: beyond it a position "
+            "attends to the newest alone, which is not computed here; give at most that many"
+        )
 
 
 class Positions(NamedTuple):

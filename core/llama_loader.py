@@ -21,7 +21,7 @@ from jax import Array
 
 from core.config import LLAMA_SIZES, LlamaConfig
 from core.functional import FunctionalModel
-from core.hf_names import EMBEDDING, HEAD, IGNORED, STACK, Layout, Place, places
+from core.hf_names import EMBEDDING, HEAD, IGNORED, STACK, Layout, Place, in_files, places
 from core.layers import Init
 from core.llama import Compute, Llama
 from core.quantized import Format, quantize_as
@@ -29,6 +29,7 @@ from core.weight_files import (
     DTYPES,
     CheckpointError,
     Header,
+    SplitFile,
     WeightFile,
     WeightsNotFound,
     find_weight_files,
@@ -197,7 +198,7 @@ def _checked_headers(folder: Path, files: list[Path], config: LlamaConfig) -> di
     wanted, found, problems = places(config), {}, []
     counts: Counter[str] = Counter()
     for file in files:
-        headers = open_weight_file(file).headers
+        headers = _open(file, config).headers
         counts.update(headers.keys())
         found.update(headers)
     allowed = {**wanted, **_tied_head(config)}
@@ -221,6 +222,11 @@ def _checked_headers(folder: Path, files: list[Path], config: LlamaConfig) -> di
     return {name: found[name] for name in wanted}
 
 
+def _open(path: Path, config: LlamaConfig) -> WeightFile:
+    """A weight file with its tensors by the names of `places`."""
+    return SplitFile(open_weight_file(path), in_files(config))
+
+
 def _tied_head(config: LlamaConfig) -> Mapping[str, Place]:
     """A tied checkpoint may hold the head all the same; it must then equal the embedding."""
     return {HEAD: places(config)[EMBEDDING]} if config.tie_word_embeddings else {}
@@ -235,7 +241,7 @@ def _fill(folder: Path, files: list[Path], config: LlamaConfig, abstract: nnx.St
     broken: list[str] = []
     heads: list[WeightFile] = []
     for path in files:
-        file = open_weight_file(path)
+        file = _open(path, config)
         for name in file.headers:
             if name in tied:
                 heads.append(file)

@@ -11,6 +11,7 @@ import json
 import math
 import pickle
 import zipfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -182,6 +183,43 @@ class TorchFile:
 
             return tensor.view(torch.int16).numpy().view(DTYPES["BF16"])
         return tensor.numpy()
+
+
+class SplitFile:
+    """A file whose tensors named in `parts` are shown as several, cut along the first axis.
+
+    Args:
+        file: to read from.
+        parts: a tensor's name → the names of its parts, in order, with the rows of each. A tensor that has not as many
+            rows stays whole.
+    """
+
+    def __init__(self, file: WeightFile, parts: Mapping[str, Mapping[str, int]]) -> None:
+        self.path, self._file = file.path, file
+        self.headers: dict[str, Header] = {}
+        self._cuts: dict[str, tuple[str, int, int]] = {}
+        self._held: tuple[str, np.ndarray] | None = None
+        for name, header in file.headers.items():
+            rows = parts.get(name, {})
+            if len(rows) < 2 or header.shape[:1] != (sum(rows.values()),):
+                self.headers[name] = header
+                continue
+            start = 0
+            for part, size in rows.items():
+                self.headers[part] = Header((size, *header.shape[1:]), header.dtype)
+                self._cuts[part] = (name, start, start + size)
+                start += size
+
+    def read(self, name: str) -> np.ndarray:
+        if name not in self._cuts:
+            return self._file.read(name)
+        whole, start, end = self._cuts[name]
+        held, self._held = self._held, None
+        if held is None or held[0] != whole:
+            held = (whole, self._file.read(whole))
+        # In their order, parts take one reading of their tensor, which is let go with the last.
+        self._held = held if end < len(held[1]) else None
+        return held[1][start:end]
 
 
 def _import_torch(path: Path) -> Any:

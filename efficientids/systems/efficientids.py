@@ -256,6 +256,11 @@ def _check_lengths(config: TrainConfig, llama: LlamaConfig) -> None:
     limit = llama.max_position_embeddings
     if config.seq_len > limit and (llama.rope_scaling is None or llama.rope_scaling.kind != "dynamic"):
         raise UserError(f"--seq_len {config.seq_len}: the Llama has max_position_embeddings {limit}; give at most that")
+    if llama.sliding_window is not None and config.seq_len > llama.sliding_window:
+        raise UserError(
+            f"--seq_len {config.seq_len}: the Llama has a sliding_window of {llama.sliding_window} positions, and only "
+            "full attention is computed here; give at most that"
+        )
     if config.max_seq_len is not None and config.max_seq_len > config.seq_len:
         raise UserError(
             f"--max_seq_len {config.max_seq_len}: an item takes a position, and --seq_len is {config.seq_len}; "

@@ -209,7 +209,7 @@ def test_bad_scalings_are_refused_by_name(style: str, block: Any, words: str) ->
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        ("model_type", "mistral"),
+        ("model_type", "gemma"),
         ("architectures", ["LlamaForSequenceClassification"]),
         ("hidden_act", "gelu"),
         ("hidden_act", None),

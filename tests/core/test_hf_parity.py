@@ -1,4 +1,7 @@
-"""The Llama against Hugging Face's, in float32: logits, every layer's output, gradients, the KV cache; real weights."""
+"""The Llama against Hugging Face's, in float32: logits, every layer's output, gradients, the KV cache; real weights.
+
+Also as a Qwen2, a Qwen3 and a Mistral. Baichuan2 is no part of transformers: see test_baichuan.py.
+"""
 
 from __future__ import annotations
 
@@ -21,6 +24,7 @@ from core.layers import Init
 from core.llama import Compute, Llama
 from core.llama_loader import LlamaLoader, abstract_model
 from core.rope import inverse_frequencies
+from tests.core.checkpoints import tensors_of, write
 
 BASE = LlamaConfig(
     vocab_size=96,
@@ -53,7 +57,13 @@ CASES: dict[str, dict[str, Any]] = {
         "num_kv_heads": 1, "head_dim": 24, "rms_norm_eps": 1e-3, "rope_theta": 50_000.0, "rope_scaling": LLAMA3,
         "tie_word_embeddings": False, "attention_bias": True, "mlp_bias": True, "num_layers": 3,
     },
+    "qwen2": {"attention_bias": True, "attention_bias_on_o": False, "rms_norm_eps": 1e-6},
+    "qwen3": {"qk_norm": True, "head_dim": 24, "tie_word_embeddings": False, "rms_norm_eps": 1e-3},
+    "qwen3 with bias": {"qk_norm": True, "attention_bias": True, "sliding_window": 2048, "rms_norm_eps": 1e-6},
+    # As long as the sequences below: the last length at which a window is full attention.
+    "mistral": {"sliding_window": 700, "num_kv_heads": 1, "head_dim": 24, "tie_word_embeddings": False},
 }  # fmt: skip
+FAMILIES = {"qwen2": "qwen2", "qwen3": "qwen3", "qwen3 with bias": "qwen3", "mistral": "mistral"}
 T, LENGTHS = 700, (700, 431)
 
 
@@ -88,7 +98,9 @@ def make(tmp_path_factory: pytest.TempPathFactory) -> Callable[[LlamaConfig], Pa
     transformers = pytest.importorskip("transformers")
 
     def make(config: LlamaConfig) -> Pair:
-        theirs = transformers.LlamaForCausalLM(transformers.LlamaConfig(**config.to_hf(), attn_implementation="eager"))
+        theirs = transformers.AutoModelForCausalLM.from_config(
+            transformers.AutoConfig.for_model(**config.to_hf()), attn_implementation="eager"
+        )
         random = torch.Generator().manual_seed(0)
         with torch.no_grad():
             for name, tensor in theirs.named_parameters():
@@ -141,6 +153,7 @@ def run_theirs(pair: Pair, ids_BT: np.ndarray, mask_BT: np.ndarray | None = None
 def test_logits_and_layers(make: Callable[[LlamaConfig], Pair], case: str) -> None:
     """Right-padded rows; Hugging Face gets the mask that we do not need, and padding is not compared."""
     pair = make(dataclasses.replace(BASE, **CASES[case]))
+    assert pair.theirs.config.model_type == FAMILIES.get(case, "llama")
     ids_BT, valid_BT = tokens(2, T), np.arange(T) < np.array(LENGTHS)[:, None]
     logits, layers = run_theirs(pair, ids_BT, valid_BT)
     llama = pair.llama()
@@ -149,6 +162,25 @@ def test_logits_and_layers(make: Callable[[LlamaConfig], Pair], case: str) -> No
         assert error(our_layers[layer][valid_BT], layers[layer][valid_BT]) <= 1e-4, layer
     our_logits = np.asarray(logits_of(pair.ours, pair.params, ids_BT))
     assert error(our_logits[valid_BT], logits[valid_BT]) <= 1e-4
+
+
+@pytest.mark.parametrize("case", ["bias", "llama3", *FAMILIES])
+def test_transformers_computes_the_same_from_what_we_write(
+    make: Callable[[LlamaConfig], Pair], tmp_path: Path, case: str
+) -> None:
+    """Our `config.json` and our names, beside random tensors."""
+    make(BASE)  # skips where transformers is not
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    config = dataclasses.replace(BASE, **CASES[case])
+    write(tmp_path, config, {name: 0.3 * tensor for name, tensor in tensors_of(config).items()})
+    theirs, report = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(report[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    model, params, _ = LlamaLoader(path=tmp_path).load_model()
+    with torch.no_grad():
+        logits = theirs(torch.from_numpy(tokens(2, 30))).logits.numpy()
+    assert error(logits_of(model, params, tokens(2, 30)), logits) <= 1e-4
 
 
 @pytest.mark.parametrize("case", ["eps", "theta", "linear", "dynamic", "llama3"])
@@ -160,7 +192,7 @@ def test_a_constant_that_is_not_read_would_show(make: Callable[[LlamaConfig], Pa
     assert error(logits_of(careless, pair.params, ids_BT), run_theirs(pair, ids_BT)[0]) > 1e-3
 
 
-@pytest.mark.parametrize("case", ["all", "dynamic"])
+@pytest.mark.parametrize("case", ["all", "dynamic", "qwen2", "qwen3"])
 def test_gradients(make: Callable[[LlamaConfig], Pair], case: str) -> None:
     """Of the mean cross-entropy of the next token, by every parameter."""
     import torch
@@ -184,7 +216,7 @@ def test_gradients(make: Callable[[LlamaConfig], Pair], case: str) -> None:
         assert error(place.layout.to_hf(gradient), theirs[name].grad) <= 1e-3, name
 
 
-@pytest.mark.parametrize("case", ["all", "dynamic"])
+@pytest.mark.parametrize("case", ["all", "dynamic", *FAMILIES])
 def test_cache_equals_their_full_pass(make: Callable[[LlamaConfig], Pair], case: str) -> None:
     """A prompt, then token by token, rows of different lengths."""
     pair = make(dataclasses.replace(BASE, **CASES[case]))
@@ -208,6 +240,24 @@ def test_a_cache_past_the_limit_of_dynamic_ntk_is_refused(make: Callable[[LlamaC
     assert llama.init_cache(1, 256).k_LBSKH.shape[2] == 256
     with pytest.raises(ValueError, match=r"257 .*dynamic.* 256"):
         llama.init_cache(1, 257)
+
+
+def test_more_positions_than_the_window_are_refused_for_they_would_be_wrong(
+    make: Callable[[LlamaConfig], Pair],
+) -> None:
+    pair = make(dataclasses.replace(BASE, sliding_window=100))
+    assert pair.theirs.config.model_type == "mistral"
+    llama, refusal = pair.llama(), r"101 positions.*sliding_window of 100"
+    assert llama.hidden(llama.embed(tokens(1, 100))).shape[1] == 100
+    for refused in (llama.hidden, llama.layer_outputs, jax.jit(llama.hidden)):
+        with pytest.raises(ValueError, match=refusal):
+            refused(llama.embed(tokens(1, 101)))
+    assert llama.init_cache(1, 100).k_LBSKH.shape[2] == 100
+    with pytest.raises(ValueError, match=refusal):
+        llama.init_cache(1, 101)
+    careless, _ = abstract_model(BASE, Compute(), Init())
+    error_T = np.abs(logits_of(careless, pair.params, tokens(1, 200)) - run_theirs(pair, tokens(1, 200))[0])[0].max(-1)
+    assert error_T[:100].max() < 1e-3 and error_T[100:].max() > 0.1
 
 
 def test_stories260k(real_data: Path) -> None:

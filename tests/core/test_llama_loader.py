@@ -28,12 +28,17 @@ from tests.core.checkpoints import SMALL, assert_same, leaves, tensors_of, write
 
 ROOT = Path(__file__).resolve().parents[2]
 Q0 = "model.layers.0.self_attn.q_proj.weight"
+QWEN2 = dataclasses.replace(TINY, attention_bias=True, attention_bias_on_o=False)
+QWEN3 = dataclasses.replace(TINY, qk_norm=True, head_dim=48)
+BAICHUAN = dataclasses.replace(TINY, normalised_head=True, tie_word_embeddings=False)
 
 
 # The table of names
 
 
-@pytest.mark.parametrize("config", [TINY, SMALL, *(size.config for size in LLAMA_SIZES.values())])
+@pytest.mark.parametrize(
+    "config", [TINY, SMALL, QWEN2, QWEN3, BAICHUAN, *(size.config for size in LLAMA_SIZES.values())]
+)
 def test_the_table_covers_the_abstract_model_exactly(config: LlamaConfig) -> None:
     _, abstract = abstract_model(config, Compute(), Init())
     ours = {path: leaf.shape for path, leaf in nnx.to_flat_state(abstract)}
@@ -54,6 +59,7 @@ def test_layouts_go_both_ways(row: Row) -> None:
     ours = layout.to_ours(theirs)
     assert ours.shape == layout.our_shape
     np.testing.assert_array_equal(layout.to_hf(ours), theirs)
+    assert layout.to_hf(ours).flags.c_contiguous, "safetensors would write it in another order"
     if len(layout.our_shape) == 3 and layout.hf_shape[1] == SMALL.hidden_size:  # y = x Wᵀ is y = x · ours
         x = np.arange(SMALL.hidden_size)
         np.testing.assert_array_equal((theirs @ x).reshape(layout.our_shape[1:]), np.tensordot(x, ours, 1))

@@ -126,6 +126,12 @@ def test_weights_of_another_shape_or_damaged(place: Place) -> None:
     assert "model.safetensors: not a complete safetensors file" in place.train_error()
 
 
+def test_more_positions_than_a_sliding_window(place: Place) -> None:
+    (place.weights / "config.json").write_text(json.dumps(dataclasses.replace(LLAMA, sliding_window=20).to_hf()))
+    message = place.train_error(seq_len=21)
+    assert "--seq_len 21: the Llama has a sliding_window of 20" in message and "give at most that" in message
+
+
 def test_weights_of_another_size_than_asked_for(place: Place) -> None:
     message = place.train_error(llama_size="1b")
     assert "--llama_size 1b" in message and "leave --llama_size out" in message
