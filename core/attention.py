@@ -1,8 +1,8 @@
 """The one door to attention kernels, and the one place that chooses among them.
 
 Right padding is the rule everywhere: under causal attention what follows a row's end cannot reach what comes before,
-so a full pass needs neither a mask nor the rows' lengths. Packed rows (`core.packing`) are the exception: their segments
-keep apart.
+so a full pass needs neither a mask nor the rows' lengths. Packed rows (`core.packing`) are the exception: their
+segments keep apart.
 
 Legend: B batch, T query positions, S key positions, N query heads, K key-value heads (N a multiple of K), H head dim.
 """

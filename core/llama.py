@@ -243,8 +243,9 @@ class Llama(nnx.Module):
 
 
 class Positions(NamedTuple):
-    """Where the positions of a pass stand: place [B or 1, T], the rotation that follows from it, segment; and the kernel
-    of its attention (without a cache).
+    """Where the positions of a pass stand: place [B or 1, T], the rotation that follows from it, segment.
+
+    `kernel`: of the attention among them, without a cache.
     """
 
     place: Array

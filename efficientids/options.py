@@ -71,7 +71,7 @@ class LlamaOptions:
     gradient_checkpointing: Literal["auto", "none", "dots", "full"] = "auto"
     """What the backward pass recomputes; dots: all but matrix products. auto: full from a width of 1,024, else dots."""
     attention: Literal["auto", "cudnn", "xla"] = "auto"
-    """The kernel: cudnn (flash attention; bfloat16 on NVIDIA GPUs) or xla. auto: cudnn where it can be; says why not."""
+    """The kernel: cudnn (flash attention; bfloat16 on NVIDIA GPUs) or xla. auto: cudnn where it can be."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -138,7 +138,7 @@ def described(config: TrainConfig, llama: LlamaConfig) -> str:
 
 
 def compute(precision: str, remat: str = "none", **more: Any) -> Compute:
-    """How the Llama computes under `--precision` (resolved) and `--gradient_checkpointing`; `more` fields as they are."""
+    """How the Llama computes under `--precision` (resolved) and `--gradient_checkpointing`; `more`: other fields."""
     return Compute(jnp.bfloat16 if precision == "bfloat16" else jnp.float32, remat, **more)
 
 

@@ -83,7 +83,7 @@ def test_auto_falls_back_with_the_reason_and_an_impossible_wish_is_refused(monke
     assert fallen.kernel == "xla" and str(fallen).startswith("xla (float32")
     with pytest.raises(ValueError, match="cannot be used: float32"):
         choose("cudnn", FP32, 64, platform="gpu")
-    with pytest.raises(ValueError, match="'flash'.*auto, cudnn, xla"):
+    with pytest.raises(ValueError, match=r"'flash'.*auto, cudnn, xla"):
         choose("flash", FP32, 64)  # type: ignore[arg-type]
 
 
