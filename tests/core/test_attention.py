@@ -9,12 +9,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from jax import Array
 
 from core import attention
 from core.attention import Choice, causal_attention, choose, cudnn_obstacle
 from core.config import TINY
-from core.layers import Init
 from core.llama import Compute, Llama
 
 CUDNN_CALL = "cudnn$fmha"
@@ -35,16 +35,15 @@ def plain(q_BTNH: Array, k_BTKH: Array, v_BTKH: Array, segments_BT: Array | None
 
 
 def arrays(rows: int, length: int, heads: int, kv_heads: int, width: int, dtype: jnp.dtype) -> list[Array]:
-    keys = jax.random.split(jax.random.key(length), 3)
-    counts = (heads, kv_heads, kv_heads)
-    return [jax.random.normal(k, (rows, length, n, width), dtype) for k, n in zip(keys, counts, strict=True)]
+    random = np.random.default_rng(length)
+    return [jnp.asarray(random.normal(size=(rows, length, n, width)), dtype) for n in (heads, kv_heads, kv_heads)]
 
 
 @pytest.mark.parametrize("packed", [False, True])
 def test_xla_equals_the_plain_text(packed: bool) -> None:
     q, k, v = arrays(2, 7, 4, 2, 8, FP32)
     segments = jnp.array([[0, 0, 0, 1, 1, 1, 1], [0, 1, 1, 1, 1, 2, 2]]) if packed else None
-    np.testing.assert_allclose(causal_attention(q, k, v, segments), plain(q, k, v, segments), atol=1e-5)
+    np.testing.assert_allclose(jax.jit(causal_attention)(q, k, v, segments), plain(q, k, v, segments), atol=1e-5)
 
 
 # dtype, head_dim, packed, platform, capability, version → words of the obstacle
@@ -89,7 +88,7 @@ def test_auto_falls_back_with_the_reason_and_an_impossible_wish_is_refused(monke
 
 def test_segments_never_reach_cudnn() -> None:
     with pytest.raises(ValueError, match="takes no segments"):
-        causal_attention(*arrays(1, 4, 2, 2, 8, BF16), jnp.zeros((1, 4), int), kernel="cudnn")
+        causal_attention(*[jnp.zeros((1, 4, 2, 8), BF16)] * 3, jnp.zeros((1, 4), int), kernel="cudnn")
 
 
 @pytest.fixture
@@ -104,14 +103,14 @@ def cudnn_at_hand(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def lowered_for_cuda(compute: Compute, *, packed: bool = False) -> str:
     """The gradient of a small Llama as the program for a GPU."""
-    ids = jnp.zeros((2, 6), int)
-    segments = jnp.zeros((2, 6), int) if packed else None
+    graphdef, state = nnx.split(nnx.eval_shape(lambda: Llama(TINY, jax.random.key(0), compute)))
+    ids = jax.ShapeDtypeStruct((2, 6), jnp.int32)
 
-    def loss(model: Llama) -> Array:
-        return model.hidden(model.embed(ids), segments_BT=segments).astype(FP32).sum()
+    def loss(state: nnx.State, ids: Array) -> Array:
+        model = nnx.merge(graphdef, state)
+        return model.hidden(model.embed(ids), segments_BT=ids if packed else None).astype(FP32).sum()
 
-    model = Llama(TINY, jax.random.key(0), compute, Init())
-    return jax.jit(jax.grad(loss, allow_int=True)).trace(model).lower(lowering_platforms=("cuda",)).as_text()
+    return jax.jit(jax.grad(loss)).trace(state, ids).lower(lowering_platforms=("cuda",)).as_text()
 
 
 @pytest.mark.usefixtures("cudnn_at_hand")
@@ -130,7 +129,7 @@ def test_a_program_for_a_gpu_calls_cudnn_in_bfloat16_alone() -> None:
 @pytest.mark.usefixtures("cudnn_at_hand")
 def test_a_single_position_is_left_to_xla() -> None:
     def call(length: int) -> str:
-        given = arrays(2, length, 4, 2, 8, BF16)
+        given = [jax.ShapeDtypeStruct((2, length, heads, 8), BF16) for heads in (4, 2, 2)]
         attend = jax.jit(lambda *qkv: causal_attention(*qkv, kernel="cudnn"))
         return attend.trace(*given).lower(lowering_platforms=("cuda",)).as_text()
 
