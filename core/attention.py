@@ -10,7 +10,6 @@ Legend: B batch, T query positions, S key positions, N query heads, K key-value 
 from __future__ import annotations
 
 import functools
-import importlib
 import re
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -88,12 +87,17 @@ def cudnn_obstacle(
 @functools.cache
 def cudnn_version() -> int | None:
     """cuDNN's version as its library gives it (91002 is 9.10.2); None where jax's CUDA plugin finds none."""
-    for plugin in ("jax_cuda13_plugin", "jax_cuda12_plugin"):  # the order in which jax looks for them
+    try:  # in the order in which jax looks for them
+        from jax_cuda13_plugin import _versions
+    except ImportError:
         try:
-            return int(importlib.import_module(f"{plugin}._versions").cudnn_get_version())
-        except (ImportError, RuntimeError):
-            continue
-    return None
+            from jax_cuda12_plugin import _versions
+        except ImportError:
+            return None
+    try:
+        return int(_versions.cudnn_get_version())
+    except RuntimeError:
+        return None
 
 
 def _capability() -> tuple[int, int] | None:
