@@ -2,8 +2,7 @@
 
 import sys
 
-from efficientids.__main__ import run
-from efficientids.train import main
+from efficientids.__main__ import start
 
 if __name__ == "__main__":
-    sys.exit(run(main, sys.argv[1:]))
+    sys.exit(start("train", sys.argv[1:]))

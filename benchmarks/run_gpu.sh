@@ -6,8 +6,8 @@ cd "$(dirname "$0")/.."
 out=${1:-benchmarks/out}
 mkdir -p "$out"
 
-# Parity with Hugging Face and the two-level softmax's properties, on the device.
-timeout 180 python -m pytest -q tests/core/test_hf_parity.py tests/core/test_hierarchical_softmax.py 2>&1 | tee "$out/parity.log"
+# Parity with Hugging Face, the two-level softmax's properties, and cuDNN's attention against XLA's, on the device.
+timeout 240 python -m pytest -q tests/core/test_hf_parity.py tests/core/test_hierarchical_softmax.py tests/core/test_attention.py 2>&1 | tee "$out/parity.log"
 
 # From how many items on the two-level head is cheaper: what --head auto decides by.
 timeout 180 python benchmarks/softmax.py --positions 4096 --width 384 --items 3416 30000 100000 300000 --json "$out/softmax.json"

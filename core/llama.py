@@ -11,14 +11,14 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
-from core.attention import cached_attention, causal_attention
+from core.attention import Choice, Kernel, Wish, cached_attention, causal_attention, choose
 from core.config import LlamaConfig
 from core.layers import Dropout, Init, LlamaLinear, RMSNorm
 from core.rope import rotate, rotation
@@ -39,15 +39,24 @@ class Compute:
         dtype: of activations and products.
         remat: a name of `REMAT_POLICIES`.
         chunk_elements: logits of a loss to hold at a time (`core.chunked.chunk_rows`); None: by the backend at hand.
+        attention: the kernel of full passes; "auto": cuDNN's where it can be (`core.attention.choose`).
+        platform: what programs are compiled for; None: the backend at hand. A plan for a GPU that is not there says
+            "gpu".
     """
 
     dtype: Any = jnp.float32
     remat: str = "none"
     chunk_elements: int | None = None
+    attention: Wish = "auto"
+    platform: Literal["gpu"] | None = None
 
     def __post_init__(self) -> None:
         if self.remat not in REMAT_POLICIES:
             raise ValueError(f"remat policy {self.remat!r}: choose one of {', '.join(REMAT_POLICIES)}")
+
+    def attention_kernel(self, head_dim: int, packed: bool = False) -> Choice:
+        """The kernel for heads of this width; `packed`: with segments. Raises as `core.attention.choose`."""
+        return choose(self.attention, self.dtype, head_dim, packed=packed, platform=self.platform)
 
 
 class KVCache(NamedTuple):
@@ -85,7 +94,7 @@ class Attention(nnx.Module):
             q_BTNH, k_BTKH = self.q_norm(q_BTNH), self.k_norm(k_BTKH)
         q_BTNH, k_BTKH = rotate(q_BTNH, at.cos, at.sin), rotate(k_BTKH, at.cos, at.sin)
         if cache is None:
-            return self.o(causal_attention(q_BTNH, k_BTKH, v_BTKH, at.segments), key), None
+            return self.o(causal_attention(q_BTNH, k_BTKH, v_BTKH, at.segments, at.kernel), key), None
         row_B1 = jnp.arange(x_BTD.shape[0])[:, None]
         k_BSKH = cache[0].at[row_B1, at.place].set(k_BTKH.astype(cache[0].dtype), mode="drop")
         v_BSKH = cache[1].at[row_B1, at.place].set(v_BTKH.astype(cache[1].dtype), mode="drop")
@@ -234,7 +243,8 @@ class Llama(nnx.Module):
         if cache is None:
             _refuse_beyond_window(self.config, x_BTD.shape[1])
         x_BTD = x_BTD.astype(self.compute.dtype)
-        at = Positions.of(self.config, x_BTD, cache, segments_BT)
+        kernel = self.compute.attention_kernel(self.config.head_dim, segments_BT is not None).kernel
+        at = Positions.of(self.config, x_BTD, cache, segments_BT, kernel)
         keys_L = None if key is None else jax.random.split(key, self.config.num_layers)
 
         def layer(x_BTD: Array, inputs: tuple[Block, Any, Array | None]) -> tuple[Array, Any]:
@@ -258,15 +268,21 @@ def _refuse_beyond_window(config: LlamaConfig, length: int) -> None:
 
 
 class Positions(NamedTuple):
-    """Where the positions of a pass stand: place [B or 1, T], the rotation that follows from it, segment."""
+    """Where the positions of a pass stand: place [B or 1, T], the rotation that follows from it, segment.
+
+    `kernel`: of the attention among them, without a cache.
+    """
 
     place: Array
     cos: Array
     sin: Array
     segments: Array | None
+    kernel: Kernel
 
     @staticmethod
-    def of(config: LlamaConfig, x_BTD: Array, cache: KVCache | None, segments_BT: Array | None = None) -> Positions:
+    def of(
+        config: LlamaConfig, x_BTD: Array, cache: KVCache | None, segments_BT: Array | None, kernel: Kernel
+    ) -> Positions:
         place, length = jnp.arange(x_BTD.shape[1])[None], x_BTD.shape[1]
         if cache is not None:
             place, length = cache.lengths_B[:, None] + place, cache.k_LBSKH.shape[2]
@@ -274,4 +290,4 @@ class Positions(NamedTuple):
             # Within its segment: from the newest beginning of one on.
             begins_BT = jnp.diff(segments_BT, axis=1, prepend=segments_BT[:, :1]) != 0
             place = place - jax.lax.cummax(jnp.where(begins_BT, place, 0), axis=1)
-        return Positions(place, *rotation(config, place, length), segments_BT)
+        return Positions(place, *rotation(config, place, length), segments_BT, kernel)

@@ -8,6 +8,16 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
+
+MEMORY_FRACTION = 0.92
+"""Of a GPU's memory, what a run takes for its pool: jax's own 0.75 would leave 8 of 32 GB idle. The rest is for the
+CUDA context, cuDNN, NCCL and the display."""
+
+_FRACTIONS = ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION")
+_JAX_FRACTION = 0.75
+# Compiled programs of a run are 1 to 100 MB; the least recently used go first.
+_COMPILATION_CACHE_BYTES = 4 * 2**30
 
 # What the CUDA libraries' static initialisers print on a machine without a driver, before any log level is read.
 _KNOWN_NOISE = ("cudart_stub.cc", "before absl::InitializeLog()")
@@ -16,6 +26,40 @@ _KNOWN_NOISE = ("cudart_stub.cc", "before absl::InitializeLog()")
 def has_nvidia_device() -> bool:
     """True where the NVIDIA driver shows a device node (an installed plugin alone proves nothing)."""
     return Path("/dev/nvidiactl").exists() or Path("/dev/dxg").exists()
+
+
+def prefer_memory_fraction() -> None:
+    """On a machine with an NVIDIA GPU, lets jax take `MEMORY_FRACTION` of it, unless the user settled that.
+
+    For commands, before jax looks for devices. A process of the user's own that imports this package keeps jax's value.
+    """
+    if has_nvidia_device() and not any(os.environ.get(name) for name in _FRACTIONS) and _preallocates():
+        os.environ[_FRACTIONS[1]] = str(MEMORY_FRACTION)
+
+
+def memory_fraction() -> float:
+    """The share of a GPU's memory that a command started in this environment may take.
+
+    Raises:
+        ValueError: the user's variable is no positive number.
+    """
+    for name in _FRACTIONS:
+        text = os.environ.get(name)
+        if text:
+            try:
+                given = float(text)
+            except ValueError:
+                given = 0.0
+            if not given > 0:
+                raise ValueError(f"{name}={text}: give a share such as {MEMORY_FRACTION}, or unset it")
+            return given
+    if os.environ.get("XLA_PYTHON_CLIENT_ALLOCATOR", "").lower() == "platform":
+        return 1.0  # no pool: whatever is free
+    return MEMORY_FRACTION if _preallocates() else _JAX_FRACTION
+
+
+def _preallocates() -> bool:
+    return os.environ.get("XLA_PYTHON_CLIENT_PREALLOCATE", "").lower() not in ("false", "0")
 
 
 def quiet_without_gpu() -> None:
@@ -60,3 +104,46 @@ def quiet_devices() -> None:
         return
     with without_known_noise():
         jax.devices()
+
+
+def cache_root() -> Path:
+    """Where caches of this project are: $EFFICIENTIDS_CACHE, else efficientids in $XDG_CACHE_HOME, else ~/.cache.
+
+    Raises:
+        RuntimeError: neither a variable nor a home directory is known.
+    """
+    given, shared = os.environ.get("EFFICIENTIDS_CACHE"), os.environ.get("XDG_CACHE_HOME")
+    if given:
+        return Path(given).absolute()
+    return (Path(shared) if shared else Path.home() / ".cache").absolute() / "efficientids"
+
+
+def start_devices() -> None:
+    """For a command that computes: looks for devices (quietly), and keeps compiled programs from run to run."""
+    quiet_devices()
+    enable_compilation_cache()
+
+
+def enable_compilation_cache() -> None:
+    """On a GPU, keeps compiled programs in `cache_root()/xla`, or where JAX_COMPILATION_CACHE_DIR says.
+
+    Not on a CPU: there jax 0.10.1 complains on stderr, two long lines a program, that its own program was compiled for
+    another machine, whenever LLVM tunes with "prefer-no-gather" (jax-ml/jax#38445).
+    """
+    import jax
+
+    if jax.default_backend() != "gpu":
+        return
+    settings: Any = jax.config
+    if not settings.jax_compilation_cache_dir:  # the environment's variable arrives there
+        try:
+            folder = cache_root() / "xla"
+            folder.mkdir(parents=True, exist_ok=True)
+        except (OSError, RuntimeError) as error:
+            print(f"programs are compiled anew in each run: no cache ({error})", file=sys.stderr)
+            return
+        jax.config.update("jax_compilation_cache_dir", str(folder))
+        jax.config.update("jax_compilation_cache_max_size", _COMPILATION_CACHE_BYTES)
+    # On several GPUs cuDNN attention carries the address of a Python object, which would make each start a new key
+    # (jax-ml/jax#21159). What the key then misses (scale and mask) follows from the shapes here.
+    jax.config.update("jax_remove_custom_partitioning_ptr_from_cache_key", True)

@@ -7,6 +7,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 
+from core.platform import prefer_memory_fraction
 from efficientids.errors import UserError
 from efficientids.log import quiet_libraries
 
@@ -19,6 +20,12 @@ COMMANDS = {
     "recommend": ("efficientids.serving.cli", "top-k items for users, as a Parquet file"),
     "report": ("efficientids.pages.run_report", "a run's report.html again, from what its folder holds"),
 }
+
+
+def start(name: str, arguments: Sequence[str]) -> int:
+    """Runs the command of this name; how much of a GPU it takes is settled before its module imports jax."""
+    prefer_memory_fraction()
+    return run(importlib.import_module(COMMANDS[name][0]).main, arguments)
 
 
 def run(command: Callable[[Sequence[str]], int], arguments: Sequence[str]) -> int:
@@ -48,7 +55,7 @@ def main() -> int:
     if name not in COMMANDS:
         print(f"error: unknown command {name!r}; one of {', '.join(COMMANDS)}", file=sys.stderr)
         return 2
-    return run(importlib.import_module(COMMANDS[name][0]).main, arguments)
+    return start(name, arguments)
 
 
 if __name__ == "__main__":

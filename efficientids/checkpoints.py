@@ -21,6 +21,9 @@ from efficientids.errors import UserError
 
 # The validation metric that decides which checkpoint is best.
 BEST_METRIC = "ndcg@10"
+_LATEST = 3
+KEPT_AT_ONCE = _LATEST + 2
+"""Checkpoints on disk at a time at most: the latest, the best, and one that is being written."""
 
 
 def _validation(metrics: dict[str, Any] | None) -> float:
@@ -33,7 +36,7 @@ def _manager(folder: Path, read_only: bool) -> ocp.CheckpointManager:
     # `max_to_keep=3` with `best_fn` would keep the three best and delete the latest: hence the policies.
     keep = policies.AnyPreservationPolicy(
         [
-            policies.LatestN(3),
+            policies.LatestN(_LATEST),
             policies.BestN(get_metric_fn=_validation, n=1, keep_checkpoints_without_metrics=False),
         ]
     )

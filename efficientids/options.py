@@ -70,6 +70,8 @@ class LlamaOptions:
     """Of the computation, and of a frozen Llama's parameters; trained ones are float32. auto: bfloat16 on a GPU."""
     gradient_checkpointing: Literal["auto", "none", "dots", "full"] = "auto"
     """What the backward pass recomputes; dots: all but matrix products. auto: full from a width of 1,024, else dots."""
+    attention: Literal["auto", "cudnn", "xla"] = "auto"
+    """The kernel: cudnn (flash attention; bfloat16 on NVIDIA GPUs) or xla. auto: cudnn where it can be."""
 
 
 @dataclasses.dataclass(frozen=True)

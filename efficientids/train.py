@@ -6,11 +6,12 @@ import json
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 from flax import nnx
 
-from core.platform import quiet_devices
+from core.platform import start_devices
 from core.weight_files import weights_checksum
 from efficientids import loading, systems
 from efficientids.config import parse, to_mapping
@@ -25,6 +26,8 @@ from efficientids.options import TrainConfig
 from efficientids.pages.run_report import ReportPage
 from efficientids.pages.samples import make_samples, write_samples
 from efficientids.planning.memory import estimate
+from efficientids.preflight.gpu import check_gpu
+from efficientids.preflight.room import check_room
 from efficientids.recommenders.base import Recommender, in_base
 from efficientids.runs import RunFolder
 from efficientids.systems.base import Scale, System, describe, refuse_unread
@@ -37,7 +40,9 @@ from efficientids.training.trainer import TrainerOptions, Validate, train
 def main(arguments: Sequence[str]) -> int:
     """Parses flags and does the job; returns the exit code."""
     config = parse(arguments)
-    quiet_devices()
+    if not config.estimate_memory_only:
+        check_gpu()
+    start_devices()
     system = systems.get(config.recommender)
     refuse_unread(config)
     trackers = chosen_trackers(config.trackers)
@@ -51,7 +56,7 @@ def main(arguments: Sequence[str]) -> int:
         mode = system.mode(asked, config)
         log = RunLog(run.metrics, config.log_every)
         log.say(_announce(config, system, dataset, mode))
-        recommender, model, frozen_weights = _start(config, system, dataset, log)
+        recommender, model, frozen_weights = _start(config, system, dataset, run, log)
         run.write(to_mapping(config), describe(recommender, config, dataset, frozen_weights, run.path), mode)
     followers: dict[str, Tracker] = {"TensorBoard": TensorBoard(), "report.html": ReportPage(), **trackers}
     with log.followed_by(followers, run.path, to_mapping(config)):
@@ -89,26 +94,39 @@ def _announce(config: TrainConfig, system: System, dataset: Dataset, mode: str |
 
 
 def _start(
-    config: TrainConfig, system: System, dataset: Dataset, log: RunLog
+    config: TrainConfig, system: System, dataset: Dataset, run: RunFolder, log: RunLog
 ) -> tuple[Recommender, nnx.Module, dict[str, str] | None]:
     """The recommender, its model before step 0, and the file its frozen Llama is referenced by (None: none)."""
     if config.load_checkpoint is not None:
         earlier = loading.open_run(config.load_checkpoint, like=config)
         loading.check_same_items(earlier, dataset)
         recommender = system.recommender(config, dataset, earlier)
-        model = loading.adopt(earlier, recommender, system, config.seed)
-        log.say(f"parameters of {earlier.where} at step {earlier.step}; optimiser and step count start anew")
         # With adapters added to it, the base is no longer what the file holds.
         same_base = base_is_frozen(config) and earlier.config.train in ("auto", config.train, "frozen")
-        return recommender, model, earlier.description["frozen_weights"] if same_base else None
+        frozen_weights = earlier.description["frozen_weights"] if same_base else None
+        check_room(recommender, _saved(frozen_weights), _eval_every(config), run.path)
+        model = loading.adopt(earlier, recommender, system, config.seed)
+        log.say(f"parameters of {earlier.where} at step {earlier.step}; optimiser and step count start anew")
+        return recommender, model, frozen_weights
     folder = system.weights(config)
     if folder is not None:
         log.say(f"weights: {folder}")
     recommender = system.recommender(config, dataset, None)
+    by_reference = folder is not None and base_is_frozen(config)
+    check_room(recommender, _saved(by_reference), _eval_every(config), run.path)
     model = system.start(recommender, config)
-    if folder is None or not base_is_frozen(config):
+    if folder is None or not by_reference:
         return recommender, model, None
     return recommender, model, {"path": str(folder.resolve()), "sha256": weights_checksum(folder)}
+
+
+def _saved(by_reference: object) -> Any:
+    """The NNX filter of what checkpoints hold: all, but for a frozen Llama that its file stands for."""
+    return nnx.Not(in_base) if by_reference else ...
+
+
+def _eval_every(config: TrainConfig) -> int:
+    return config.eval_every or 1  # a baseline that only counts is validated once
 
 
 def _options(config: TrainConfig, frozen_weights: dict[str, str] | None) -> TrainerOptions:
@@ -117,9 +135,9 @@ def _options(config: TrainConfig, frozen_weights: dict[str, str] | None) -> Trai
         accumulation=config.gradient_accumulation,
         grad_clip=config.grad_clip,
         log_every=config.log_every,
-        eval_every=config.eval_every or 1,  # a baseline that only counts is validated once
+        eval_every=_eval_every(config),
         patience=config.patience,
-        saved=nnx.Not(in_base) if frozen_weights else ...,
+        saved=_saved(frozen_weights),
     )
 
 

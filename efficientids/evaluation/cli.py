@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+from core.platform import start_devices
 from efficientids.errors import UserError
 from efficientids.evaluation.evaluate import Evaluation
 from efficientids.evaluation.of_run import evaluate_run
@@ -48,6 +49,7 @@ def main(arguments: Sequence[str]) -> int:
     config = command_line(EvaluateConfig, arguments, prog="efficientids evaluate")
     if config.batch_size < 1:
         raise UserError(f"--batch_size {config.batch_size}: at least 1")
+    start_devices()
     loaded = open_run(config.run, config.step)
     evaluation, more = evaluate_run(
         loaded,

@@ -11,6 +11,7 @@ from typing import Annotated, Literal
 
 import tyro
 
+from core.platform import start_devices
 from efficientids.data.dataset import Dataset
 from efficientids.errors import UserError
 from efficientids.evaluation.compare import Entry, as_text, check_comparable, compare
@@ -96,6 +97,7 @@ class _Found:
         if stored is not None and stored.cutoffs == CUTOFFS:
             return Entry(str(self.path), self.step, stored)
         print(f"{self.path}: step {self.step} has no evaluation on {config.split} yet; evaluating", file=sys.stderr)
+        start_devices()
         loaded = open_run(self.run.path, self.step)
         evaluation, _ = evaluate_run(
             loaded,

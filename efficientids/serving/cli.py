@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
+from core.platform import start_devices
 from efficientids.errors import UserError
 from efficientids.flags import command_line
 from efficientids.loading import open_run
@@ -55,6 +56,7 @@ def main(arguments: Sequence[str]) -> int:
         raise UserError(f"--output {config.output} exists; give another file, or --overwrite")
     if not config.output.parent.is_dir():
         raise UserError(f"--output {config.output}: no folder {config.output.parent}")
+    start_devices()
     loaded = open_run(config.run, config.step)
     dataset = loaded.dataset(config.data_dir)
     if config.k > dataset.catalogue_size:

@@ -32,6 +32,8 @@ from efficientids.systems.buffers import (
     titled_items,
 )  # fmt: skip
 from efficientids.systems.llama import (
+    attention_in_words,
+    checked_compute,
     compute,
     described,
     llama_config,
@@ -101,7 +103,9 @@ class EfficientIDSSystem:
 
     def headline(self, config: TrainConfig) -> str:
         """See `System.headline`."""
-        return f"{described(config, llama_config(config))}, {config.head} head, {config.seq_len} positions"
+        llama = llama_config(config)
+        words = f"{described(config, llama)}, {config.head} head, {config.seq_len} positions"
+        return words + attention_in_words(config, llama)
 
     def recommender(self, config: TrainConfig, dataset: Dataset, earlier: Earlier | None) -> EfficientIDS:
         """See `System.recommender`."""
@@ -117,7 +121,7 @@ class EfficientIDSSystem:
         shape = (0, 0) if clusters is None else (clusters.num_clusters, clusters.members_CM.shape[1])
         return EfficientIDS(
             spec(config, llama, dataset.catalogue_size, shape, bos),
-            compute=compute(config.precision, config.gradient_checkpointing),
+            compute=checked_compute(config, llama),
             init=llama_init(config),
             clusters=clusters,
             titles=titles,
@@ -146,12 +150,13 @@ class EfficientIDSSystem:
     def planned(self, config: TrainConfig, scale: Scale) -> EfficientIDS:
         """Clusters, where there are any, are those of --clustering, or taken to be balanced.
 
-        The loss is cut into chunks of a GPU's size.
+        For a GPU: the loss is cut into chunks of its size, and attention is cuDNN's where that can be compiled here.
         """
         assert config.max_seq_len is not None
+        llama = llama_config(config)
         return EfficientIDS(
-            spec(config, llama_config(config), scale.num_items, cluster_shape(config, scale.num_items)),
-            compute=compute(config.precision, config.gradient_checkpointing, CHUNK_ELEMENTS),
+            spec(config, llama, scale.num_items, cluster_shape(config, scale.num_items)),
+            compute=checked_compute(config, llama, chunk_elements=CHUNK_ELEMENTS, platform="gpu"),
             init=llama_init(config),
             training=base.training(config, config.max_seq_len, None, packing=_planned_packing(config, scale)),
         )
@@ -159,7 +164,9 @@ class EfficientIDSSystem:
     def restored(self, spec: Mapping[str, Any], config: TrainConfig, precision: str) -> EfficientIDS:
         """See `System.restored`."""
         known = EfficientIDSSpec.from_json(dict(spec))
-        return EfficientIDS(known, compute=compute(precision), init=llama_init(config))
+        # A run that was trained with cuDNN's attention is asked anywhere; XLA's, once chosen, stays.
+        attention = "xla" if config.attention == "xla" else "auto"
+        return EfficientIDS(known, compute=compute(precision, attention=attention), init=llama_init(config))
 
 
 SYSTEMS: dict[str, base.System] = {"efficientids": EfficientIDSSystem()}

@@ -137,9 +137,29 @@ def described(config: TrainConfig, llama: LlamaConfig) -> str:
     return f"Llama {size} (width {llama.hidden_size}, {llama.num_layers} layers, {start}, {config.precision})"
 
 
-def compute(precision: str, remat: str = "none", chunk_elements: int | None = None) -> Compute:
-    """How the Llama computes under `--precision` (resolved) and `--gradient_checkpointing`."""
-    return Compute(jnp.bfloat16 if precision == "bfloat16" else jnp.float32, remat, chunk_elements)
+def compute(precision: str, remat: str = "none", **more: Any) -> Compute:
+    """How the Llama computes under `--precision` (resolved) and `--gradient_checkpointing`; `more`: other fields."""
+    return Compute(jnp.bfloat16 if precision == "bfloat16" else jnp.float32, remat, **more)
+
+
+def checked_compute(config: TrainConfig, llama: LlamaConfig, **more: Any) -> Compute:
+    """`compute` of a resolved configuration.
+
+    Raises:
+        UserError: the kernel of `--attention` cannot run there.
+    """
+    made = compute(config.precision, config.gradient_checkpointing, attention=config.attention, **more)
+    try:
+        made.attention_kernel(llama.head_dim, config.pack_sequences)
+    except ValueError as error:
+        raise UserError(f"--attention {config.attention}: {error}; or leave --attention out") from error
+    return made
+
+
+def attention_in_words(config: TrainConfig, llama: LlamaConfig) -> str:
+    """The attention kernel, behind a comma, where there is a choice: on a GPU. Raises as `checked_compute`."""
+    choice = checked_compute(config, llama).attention_kernel(llama.head_dim, config.pack_sequences)
+    return f", attention {choice}" if jax.default_backend() == "gpu" else ""
 
 
 def base_is_frozen(config: TrainConfig) -> bool:

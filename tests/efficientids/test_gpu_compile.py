@@ -6,6 +6,8 @@ import importlib.metadata
 import jax
 import pytest
 
+from core import attention
+from core.config import TINY
 from efficientids import systems
 from efficientids.errors import UserError
 from efficientids.options import TrainConfig
@@ -42,3 +44,18 @@ def test_an_unknown_device_is_refused_with_the_known_ones() -> None:
     program, phase = abstract_program(system.resolve(TrainConfig(), small), system, small)
     with pytest.raises(UserError, match="rtx5090"):
         compile_step(program, phase, "rtx6000")
+
+
+def test_cudnn_attention_needs_less_memory_than_xla() -> None:
+    jax.default_backend()  # so that the plugin has loaded what libraries there are
+    if attention.cudnn_version() is None:
+        pytest.skip("no cuDNN to compile its kernel with: pip install --no-deps nvidia-cudnn-cu12")
+    peaks = {}
+    for kernel in ("cudnn", "xla"):
+        asked = TrainConfig(freeze_llama=True, precision="bfloat16", batch_size=8, seq_len=512, length_buckets=1)
+        system, small = systems.get("efficientids"), Scale(num_items=100)
+        config = system.resolve(dataclasses.replace(asked, attention=kernel), small)
+        peaks[kernel] = compile_step(*abstract_program(config, system, small), "rtx5090").temporaries
+    # XLA holds one layer's logits and probabilities, [B, N, T, T], at least once in bfloat16.
+    heads = TINY.num_heads
+    assert peaks["xla"] - peaks["cudnn"] > 2 * 8 * heads * 512 * 512

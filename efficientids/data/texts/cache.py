@@ -31,6 +31,7 @@ import numpy as np
 import polars as pl
 import tokenizers
 
+from core.platform import cache_root
 from efficientids.data import layout
 from efficientids.data.preparation.progress import Progress
 
@@ -78,8 +79,7 @@ def tokenised(texts: Texts, total: int, tokenizer: Path, encoder: tokenizers.Tok
 
 def root() -> Path:
     """The folder of the entries. Raises RuntimeError where neither the variable nor a home directory is known."""
-    given = os.environ.get(VARIABLE)
-    return (Path(given) if given else Path.home() / ".cache" / "efficientids").absolute() / "tokens"
+    return cache_root() / "tokens"
 
 
 def key_of(texts: Texts, tokenizer: Path) -> str:
