@@ -9,6 +9,9 @@ mkdir -p "$out"
 # Parity with Hugging Face, the two-level softmax's properties, and cuDNN's attention against XLA's, on the device.
 timeout 240 python -m pytest -q tests/core/test_hf_parity.py tests/core/test_hierarchical_softmax.py tests/core/test_attention.py 2>&1 | tee "$out/parity.log"
 
+# The plan's peak memory against three real steps, for every kind of training.
+timeout 590 python benchmarks/plan_vs_measured.py --json "$out/plan_vs_measured.json" 2>&1 | tee "$out/plan_vs_measured.log"
+
 # From how many items on the two-level head is cheaper: what --head auto decides by.
 timeout 180 python benchmarks/softmax.py --positions 4096 --width 384 --items 3416 30000 100000 300000 --json "$out/softmax.json"
 

@@ -19,8 +19,14 @@ _JAX_FRACTION = 0.75
 # Compiled programs of a run are 1 to 100 MB; the least recently used go first.
 _COMPILATION_CACHE_BYTES = 4 * 2**30
 
-# What the CUDA libraries' static initialisers print on a machine without a driver, before any log level is read.
-_KNOWN_NOISE = ("cudart_stub.cc", "before absl::InitializeLog()")
+# What the CUDA libraries' static initialisers print on a machine without a driver, before any log level is read; and
+# what XLA says when it compiles for a GPU that is not there.
+_KNOWN_NOISE = (
+    "cudart_stub.cc",
+    "before absl::InitializeLog()",
+    "Using fallback sort algorithm",
+    "hlo_rematerialization.cc",
+)
 
 
 def has_nvidia_device() -> bool:

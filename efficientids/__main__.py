@@ -15,6 +15,7 @@ from efficientids.log import quiet_libraries
 COMMANDS = {
     "prepare": ("efficientids.data.preparation.cli", "interaction logs → a data set folder"),
     "train": ("efficientids.train", "the same as train_llama.py"),
+    "plan": ("efficientids.planning.cli", "will it fit: memory and time of a training run, without a GPU"),
     "evaluate": ("efficientids.evaluation.cli", "a run's ranking metrics on validation or test"),
     "compare": ("efficientids.evaluation.compare_cli", "runs on the same data: which is better, and is it chance"),
     "recommend": ("efficientids.serving.cli", "top-k items for users, as a Parquet file"),

@@ -21,7 +21,7 @@ import yaml
 
 from efficientids.errors import UserError
 from efficientids.flags import command_line
-from efficientids.options import READS, TrainConfig
+from efficientids.options import READS, PlanOptions, TrainConfig
 
 
 def _table() -> str:
@@ -74,8 +74,8 @@ _EXCLUSIVE = (
 _POSITIVE = (
     "num_steps", "epochs", "batch_size", "batch_size_per_device", "gradient_accumulation", "learning_rate",
     "log_every", "eval_every", "max_seq_len", "init_std", "num_clusters", "item_dim", "item_rank", "title_tokens",
-    "lora_rank", "lora_alpha", "llama_learning_rate", "length_buckets", "width", "num_layers", "num_heads",
-    "temperature", "neighbours", "pair_window", "recency",
+    "num_devices", "lora_rank", "lora_alpha", "llama_learning_rate", "length_buckets", "width", "num_layers",
+    "num_heads", "temperature", "neighbours", "pair_window", "recency",
 )  # fmt: skip
 _NOT_NEGATIVE = (
     "warmup_steps", "weight_decay", "grad_clip", "patience", "text_loss_weight", "seed",
@@ -98,12 +98,19 @@ def check(config: TrainConfig) -> None:
          and (bool(config.text_loss_weight) or config.tokenizer is not None or config.item_template is not None),
          "--text_loss_weight, --tokenizer and --item_template need --item_text title"),
         (config.max_seq_len == 1, "--max_seq_len 1: at least 2, one item to read and one to predict"),
-        (config.json and not config.estimate_memory_only,
-         "--json goes with --estimate_memory_only; a run's metrics stand in its metrics.jsonl"),
     )  # fmt: skip
     for holds, message in contradictions:
         if holds:
             raise UserError(message)
+    _check_plan(config)
+
+
+def _check_plan(config: TrainConfig) -> None:
+    """Refuses a plan's flags where nothing is planned."""
+    for field in dataclasses.fields(PlanOptions):
+        if not config.estimate_memory_only and getattr(config, field.name) != field.default:
+            more = "; a run's metrics stand in its metrics.jsonl" if field.name == "json" else ""
+            raise UserError(f"--{field.name} goes with --estimate_memory_only{more}")
 
 
 def _check_ranges(config: TrainConfig) -> None:
@@ -120,8 +127,13 @@ def _check_ranges(config: TrainConfig) -> None:
 
 
 def to_mapping(config: TrainConfig) -> dict[str, Any]:
-    """The configuration as plain values by flag name: what config.yaml holds and `--config` reads."""
-    return {name: str(v) if isinstance(v, Path) else v for name, v in dataclasses.asdict(config).items()}
+    """The configuration as plain values by flag name: what config.yaml holds and `--config` reads.
+
+    Without a plan's own flags: they say nothing of a run.
+    """
+    plans = {field.name for field in dataclasses.fields(PlanOptions)}
+    values = {name: value for name, value in dataclasses.asdict(config).items() if name not in plans}
+    return {name: str(value) if isinstance(value, Path) else value for name, value in values.items()}
 
 
 def from_mapping(values: dict[str, Any], source: Path) -> TrainConfig:

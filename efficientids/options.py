@@ -22,10 +22,8 @@ class RunOptions:
     """The run folder R: configuration, metrics, checkpoints; of a new run. Default: runs/RECOMMENDER-TIME."""
     load_checkpoint: str | None = None
     """R, R/STEP or R/checkpoints/STEP of an earlier run: start from its parameters (fresh optimiser, step 0)."""
-    estimate_memory_only: bool = False
-    """Print exact bytes of parameters, gradients and optimiser state, then stop."""
-    json: bool = False
-    """With --estimate_memory_only: print JSON."""
+    force: bool = False
+    """Start on a GPU even where the plan says that memory will not do."""
     seed: int = 0
     """Of the random start, the data order and dropout."""
     log_every: int = 50
@@ -72,6 +70,25 @@ class LlamaOptions:
     """What the backward pass recomputes; dots: all but matrix products. auto: full from a width of 1,024, else dots."""
     attention: Literal["auto", "cudnn", "xla"] = "auto"
     """The kernel: cudnn (flash attention; bfloat16 on NVIDIA GPUs) or xla. auto: cudnn where it can be."""
+
+
+@dataclasses.dataclass(frozen=True)
+class PlanOptions:
+    """Will it fit? Everything but the first goes with --estimate_memory_only."""
+
+    estimate_memory_only: bool = False
+    """Plan memory and time for --device, then stop; no GPU is needed. The same as `python -m efficientids plan`."""
+    device: str = "rtx5090"
+    """The GPU to plan for: rtx4090, rtx5090, rtx6000pro, a100-40, a100-80, h100, h200 or b200."""
+    num_devices: int = 1
+    """How many of them."""
+    plan_by: Literal["auto", "estimate", "compiler", "run"] = "auto"
+    """estimate: shapes alone. compiler: XLA's own account of the step compiled for the device. run: also three real
+    steps on the GPU at hand. auto: the compiler where the CUDA plugin is installed, else the estimate."""
+    quick: bool = False
+    """Stop after the verdict: no other device counts, largest batch or advice."""
+    json: bool = False
+    """Print one JSON object at the end."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -178,7 +195,7 @@ class ItemKNNOptions:
 
 
 @dataclasses.dataclass(frozen=True)
-class TrainConfig(ItemKNNOptions, SASRecOptions, ItemOptions, TrainingOptions, LlamaOptions, RunOptions):
+class TrainConfig(ItemKNNOptions, SASRecOptions, ItemOptions, TrainingOptions, LlamaOptions, PlanOptions, RunOptions):
     """Trains a recommender with a Llama inside. Without a flag: a tiny Llama on a generated catalogue of films."""
 
 
@@ -186,10 +203,11 @@ def _names(options: type) -> frozenset[str]:
     return frozenset(field.name for field in dataclasses.fields(options))
 
 
-_COUNTED = frozenset({"recommender", "data_dir", "checkpoint_dir", "estimate_memory_only", "json", "trackers"})
+_COUNTED = frozenset({"recommender", "data_dir", "checkpoint_dir", "trackers"}) | _names(PlanOptions)
+_TRAINED = _names(RunOptions) | _names(PlanOptions) | _names(TrainingOptions)
 READS: Mapping[str, frozenset[str]] = {
-    "efficientids": _names(RunOptions) | _names(LlamaOptions) | _names(TrainingOptions) | _names(ItemOptions),
-    "sasrec": _names(RunOptions) | _names(SASRecOptions) | _names(TrainingOptions) - {"max_seq_len", "pack_sequences"},
+    "efficientids": _TRAINED | _names(LlamaOptions) | _names(ItemOptions),
+    "sasrec": _TRAINED - {"max_seq_len", "pack_sequences"} | _names(SASRecOptions),
     "item_knn": _COUNTED | _names(ItemKNNOptions) | {"seq_len"},
     "popularity": _COUNTED,
 }

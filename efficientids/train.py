@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -25,7 +24,9 @@ from efficientids.log import RunLog, duration
 from efficientids.options import TrainConfig
 from efficientids.pages.run_report import ReportPage
 from efficientids.pages.samples import make_samples, write_samples
-from efficientids.planning.memory import estimate
+from efficientids.planning.measure import scale_of
+from efficientids.planning.plan import plan
+from efficientids.planning.start import log_peak, predicted_peak
 from efficientids.preflight.gpu import check_gpu
 from efficientids.preflight.room import check_room
 from efficientids.recommenders.base import Recommender, in_base
@@ -40,28 +41,34 @@ from efficientids.training.trainer import TrainerOptions, Validate, train
 def main(arguments: Sequence[str]) -> int:
     """Parses flags and does the job; returns the exit code."""
     config = parse(arguments)
-    if not config.estimate_memory_only:
+    if config.estimate_memory_only:
+        # A GPU that is here is left to whoever uses it, and to the three steps of `--plan_by run`.
+        jax.config.update("jax_platforms", "cpu")
+    else:
         check_gpu()
     start_devices()
     system = systems.get(config.recommender)
     refuse_unread(config)
     trackers = chosen_trackers(config.trackers)
     if config.estimate_memory_only:
-        return _estimate(config, system)
+        return plan(config, system, scale_of(config))
     path = config.checkpoint_dir or Path("runs") / f"{config.recommender}-{time.strftime('%Y%m%d-%H%M%S')}"
     run = RunFolder.create(path)
     with run.starting():
         dataset = _dataset(config, run.path)
-        asked, config = config, system.resolve(config, Scale.of(dataset))
+        scale = Scale.of(dataset)
+        asked, config = config, system.resolve(config, scale)
         mode = system.mode(asked, config)
         log = RunLog(run.metrics, config.log_every)
         log.say(_announce(config, system, dataset, mode))
+        predicted = predicted_peak(asked, system, scale)
         recommender, model, frozen_weights = _start(config, system, dataset, run, log)
         run.write(to_mapping(config), describe(recommender, config, dataset, frozen_weights, run.path), mode)
     followers: dict[str, Tracker] = {"TensorBoard": TensorBoard(), "report.html": ReportPage(), **trackers}
     with log.followed_by(followers, run.path, to_mapping(config)):
         began = time.perf_counter()
         train(recommender, model, _options(config, frozen_weights), run, log, _validator(recommender, dataset))
+        log_peak(predicted, log)
         log.say(f"trained in {duration(time.perf_counter() - began)}; run folder {run.path}")
         del model
         _report(run, dataset, log)
@@ -164,11 +171,3 @@ def _report(run: RunFolder, dataset: Dataset, log: RunLog) -> None:
             f"(expected {best['hr@10 expected']:.4f}): {result.metrics['hr@10'] / best['hr@10']:.0%} of the best"
         )
     log.say(sample_recommendations(loaded.recommender, loaded.model, dataset, users=3))
-
-
-def _estimate(config: TrainConfig, system: System) -> int:
-    # Without a data set: MovieLens 1M's size, as the output says.
-    scale = Scale() if config.data_dir is None else Scale.of(Dataset.open(config.data_dir))
-    estimated = estimate(config, system, scale)
-    print(json.dumps(estimated.to_json(), indent=2) if config.json else estimated.as_text())
-    return 0

@@ -1,7 +1,7 @@
 """Exact bytes of parameters, gradients and optimiser state, before anything runs.
 
-From shapes alone (`jax.eval_shape`): no weight is read and no array is made. Activations are not in it: they belong to
-the compiled program.
+From shapes alone (`jax.eval_shape`): no weight is read and no array is made. Activations are estimated from the traced
+program (`planning.traced`), until the compiler says (`planning.gpu`).
 """
 
 from __future__ import annotations
@@ -14,16 +14,24 @@ import jax
 import numpy as np
 from flax import nnx
 
+from core.lora import is_adapter
+from core.quantized import QuantizedParam
 from efficientids.errors import UserError
-from efficientids.options import READS, TrainConfig
+from efficientids.options import TrainConfig
 from efficientids.recommenders.base import Phase, in_llama
 from efficientids.systems.base import Scale, System, precision_of
 from efficientids.training.step import Program, build_program
 
+ACTIVATIONS = "activations, estimated"
+
 
 @dataclasses.dataclass(frozen=True)
 class Estimate:
-    """Bytes on one device that holds everything, by part; and the numbers of parameters behind them."""
+    """Bytes on each device, by part; and the numbers of parameters behind them.
+
+    Attributes:
+        parts: exact, but for activations.
+    """
 
     parts: dict[str, int]
     parameters: int
@@ -32,51 +40,43 @@ class Estimate:
     precision: str
 
     @property
+    def exact(self) -> int:
+        """Bytes of everything but activations."""
+        return self.total - self.parts[ACTIVATIONS]
+
+    @property
     def total(self) -> int:
+        """Bytes of all parts."""
         return sum(self.parts.values())
 
     def to_json(self) -> dict[str, Any]:
         """Plain values; bytes."""
-        return {**dataclasses.asdict(self), "total": self.total, "unit": "bytes", "activations": "not included"}
-
-    def as_text(self) -> str:
-        """A table in GiB."""
-        rows = [f"  {name:<22}{size / 2**30:>10.3f} GiB{size:>20,} bytes" for name, size in self.parts.items()]
-        rows.append(f"  {'total':<22}{self.total / 2**30:>10.3f} GiB{self.total:>20,} bytes")
-        return (
-            f"{self.parameters:,} parameters, {self.trained_parameters:,} of them trained; "
-            f"{self.precision}, {self.num_items:,} items\n"
-            + "\n".join(rows)
-            + "\nexact for parameters, gradients and optimiser; activations and the program's temporaries come on top"
-        )
+        return {**dataclasses.asdict(self), "total": self.total, "unit": "bytes"}
 
 
-def estimate(config: TrainConfig, system: System, scale: Scale) -> Estimate:
-    """Counts what the first phase of a configuration (not yet resolved) keeps in memory between steps.
+def account(config: TrainConfig, program: Program, scale: Scale, activations: int, devices: int = 1) -> Estimate:
+    """What the step of a resolved configuration keeps in memory on each device.
 
-    `--precision auto` is planned as bfloat16: the plan is for a GPU, whatever machine makes it.
-
-    Raises:
-        UserError: the recommender has nothing to train.
+    Args:
+        activations: bytes that the program makes on all devices together, gradients among them (`planning.traced`).
     """
-    if config.precision == "auto" and "precision" in READS[config.recommender]:
-        config = dataclasses.replace(config, precision="bfloat16")
-    config = system.resolve(config, scale)
-    program, _ = abstract_program(config, system, scale)
     trained, frozen = nnx.merge_state(*program.state.params), program.frozen
-    trained_llama, trained_items = nnx.split_state(trained, in_llama, ...)
+    lora, trained_llama, trained_items = nnx.split_state(trained, is_adapter, in_llama, ...)
     frozen_llama, frozen_rest = nnx.split_state(frozen, in_llama, ...)
+    quantized = nnx.filter_state(frozen, QuantizedParam)
+    gradients = bytes_of(trained)
     parts = {
-        "Llama, trained": _bytes(trained_llama),
-        "Llama, frozen": _bytes(frozen_llama),
-        "items, adapters, heads": _bytes(trained_items),
-        "buffers": _bytes(frozen_rest),
-        "gradients": _bytes(trained),
-        "optimiser": _bytes(program.state.opt_states),
+        "Llama, trained": bytes_of(trained_llama),
+        "Llama, frozen": bytes_of(frozen_llama),
+        "LoRA": bytes_of(lora),
+        "items, adapters, heads": bytes_of(trained_items),
+        "buffers": bytes_of(frozen_rest),
+        "gradients": gradients,
+        "optimiser": bytes_of(program.state.opt_states),
+        ACTIVATIONS: max(0, activations - gradients) // devices,
     }
-    count = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves((trained, nnx.filter_state(frozen, nnx.Param))))
-    trained_count = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(trained))
-    return Estimate(parts, count, trained_count, scale.num_items, precision_of(config))
+    count = _size((trained, nnx.filter_state(frozen, nnx.Param))) + _quantized_size(quantized)
+    return Estimate(parts, count, _size(trained), scale.num_items, precision_of(config))
 
 
 def abstract_program(config: TrainConfig, system: System, scale: Scale) -> tuple[Program, Phase]:
@@ -90,5 +90,17 @@ def abstract_program(config: TrainConfig, system: System, scale: Scale) -> tuple
     return program, phases[0]
 
 
-def _bytes(tree: Any) -> int:
+def _size(tree: Any) -> int:
+    """The number of numbers in a tree."""
+    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree))
+
+
+def _quantized_size(state: nnx.State) -> int:
+    """The number of quantised weights: an int8 code is one, a uint8 code two; scales are none (`core.quantized`)."""
+    weights = {np.dtype(np.int8): 1, np.dtype(np.uint8): 2}
+    return sum(weights.get(np.dtype(leaf.dtype), 0) * math.prod(leaf.shape) for leaf in jax.tree.leaves(state))
+
+
+def bytes_of(tree: Any) -> int:
+    """Of all arrays of a tree, concrete or abstract."""
     return sum(math.prod(leaf.shape) * np.dtype(leaf.dtype).itemsize for leaf in jax.tree.leaves(tree))

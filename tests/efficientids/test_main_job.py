@@ -123,8 +123,11 @@ def test_the_same_flags_give_the_same_run(trained: Trained) -> None:
 
 
 def estimated(capsys: pytest.CaptureFixture[str], *given: str) -> dict[str, Any]:
-    assert main([*given, "--estimate_memory_only", "--json"]) == 0
-    return json.loads(capsys.readouterr().out)
+    assert main([*given, "--estimate_memory_only", "--plan_by=estimate", "--quick", "--json", "--device=b200"]) == 0
+    estimate = json.loads(capsys.readouterr().out)["estimate"]
+    assert estimate["total"] == sum(estimate["parts"].values())
+    estimate["exact"] = estimate["total"] - estimate["parts"].pop("activations, estimated")
+    return estimate
 
 
 def test_estimate_of_a_7b_llama_is_exact(capsys: pytest.CaptureFixture[str]) -> None:
@@ -135,13 +138,13 @@ def test_estimate_of_a_7b_llama_is_exact(capsys: pytest.CaptureFixture[str]) -> 
     full = estimated(capsys, "--llama_size=7b", "--train=full")
     assert full["parameters"] == base + items and full["trained_parameters"] == trained
     assert full["parts"] == {
-        "Llama, trained": 4 * (base - unread), "Llama, frozen": 4 * unread, "items, adapters, heads": 4 * items,
-        "buffers": 0, "gradients": 4 * trained, "optimiser": 8 * trained + 16,
+        "Llama, trained": 4 * (base - unread), "Llama, frozen": 4 * unread, "LoRA": 0,
+        "items, adapters, heads": 4 * items, "buffers": 0, "gradients": 4 * trained, "optimiser": 8 * trained + 16,
     }  # fmt: skip
     frozen = estimated(capsys, "--llama_size=7b", "--freeze_llama")
     assert frozen["parameters"] == base + items and frozen["trained_parameters"] == items
-    assert frozen["total"] == 2 * base + (4 + 4 + 8) * items + 8
-    assert main(["--llama_size=7b", "--freeze_llama", "--estimate_memory_only"]) == 0
+    assert frozen["exact"] == 2 * base + (4 + 4 + 8) * items + 8
+    assert main(["--llama_size=7b", "--freeze_llama", "--estimate_memory_only", "--plan_by=estimate", "--quick"]) == 0
     assert f"{2 * base:,} bytes" in capsys.readouterr().out
 
 

@@ -19,11 +19,13 @@ from efficientids.errors import UserError
 from efficientids.evaluation.cli import main as evaluate
 from efficientids.loading import open_run
 from efficientids.options import READS, RunOptions, TrainConfig
-from efficientids.planning.memory import estimate
+from efficientids.planning.candidates import Candidates
+from efficientids.planning.memory import Estimate
 from efficientids.recommenders.base import Histories
 from efficientids.serving.cli import main as recommend
 from efficientids.systems.base import Scale, refuse_unread
 from efficientids.train import main as train
+from tests.efficientids.planning.targets import gpu_target
 from tests.efficientids.tiny import events, flags
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
@@ -128,9 +130,13 @@ def test_a_flag_that_would_do_nothing_is_refused(recommender: typing.Any, flag: 
 
 
 def test_a_plan_of_each() -> None:
-    sasrec = estimate(TrainConfig(recommender="sasrec", seq_len=50), systems.get("sasrec"), Scale(num_items=100))
+    def estimate(recommender: typing.Any, **more: typing.Any) -> Estimate:
+        candidates = Candidates(systems.get(recommender), Scale(num_items=100), gpu_target(compiles=False))
+        return candidates.need(TrainConfig(recommender=recommender, **more)).estimate
+
+    sasrec = estimate("sasrec", seq_len=50)
     width, per_layer = 64, 12 * 64 * 64 + 13 * 64
     assert sasrec.parameters == 101 * width + 50 * width + 101 + 2 * per_layer + 2 * width
     assert sasrec.parts["Llama, trained"] == 0 and sasrec.parts["optimiser"] >= 8 * sasrec.parameters
     with pytest.raises(UserError, match="trains nothing"):
-        estimate(TrainConfig(recommender="popularity"), systems.get("popularity"), Scale())
+        estimate("popularity")

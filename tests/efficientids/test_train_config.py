@@ -51,6 +51,15 @@ FLAGS: list[tuple[str, dict[str, Any]]] = [
     ("--seed 7", {"seed": 7}),
     ("--eval_every 10 --patience 3", {"eval_every": 10, "patience": 3}),
     ("--estimate_memory_only --json", {"estimate_memory_only": True, "json": True}),
+    (
+        "--estimate_memory_only --device h100 --num_devices 8",
+        {"estimate_memory_only": True, "device": "h100", "num_devices": 8},
+    ),
+    (
+        "--estimate_memory_only --quick --plan_by estimate",
+        {"estimate_memory_only": True, "quick": True, "plan_by": "estimate"},
+    ),
+    ("--force", {"force": True}),
 ]
 
 
@@ -148,6 +157,9 @@ def test_bad_flags_end_with_code_2(arguments: str, capfd: pytest.CaptureFixture[
         ("--text_loss_weight 0.1", "need --item_text title"),
         ("--tokenizer t.json", "need --item_text title"),
         ("--json", "--json goes with --estimate_memory_only"),
+        ("--device h100", "--device goes with --estimate_memory_only"),
+        ("--quick", "--quick goes with --estimate_memory_only"),
+        ("--estimate_memory_only --num_devices 0", "--num_devices 0: must be above 0"),
         ("--num_steps 0", "--num_steps 0: must be above 0"),
         ("--learning_rate 0", "--learning_rate 0.0: must be above 0"),
         ("--learning_rate nan", "--learning_rate nan: must be above 0, and finite"),
