@@ -26,6 +26,9 @@ _KNOWN_NOISE = (
     "before absl::InitializeLog()",
     "Using fallback sort algorithm",
     "hlo_rematerialization.cc",
+    "slow_operation_alarm.cc",
+    "Very slow compile?",
+    "*" * 32,
 )
 
 
