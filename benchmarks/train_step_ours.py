@@ -21,6 +21,7 @@ from core.layers import Init
 from core.llama import Compute, Llama
 from core.lora import LoRAConfig, is_adapter
 from core.softmax import Segment, cross_entropy
+from efficientids.planning.devices import DEVICES
 from efficientids.recommenders.base import Batch, LossSum, OptimizerConfig, Phase
 from efficientids.training.step import build_program
 
@@ -104,9 +105,9 @@ def machine() -> dict[str, Any]:
 
 
 def _data_sheet() -> float | None:
+    """Dense bfloat16 TFLOP/s of the GPU at hand, if the planner's table has it."""
     kind = jax.devices()[0].device_kind
-    known = {"H200": 989.0, "H100": 989.0, "RTX 5090": 209.5, "A100": 312.0}
-    return next((peak for name, peak in known.items() if name in kind), None) if ON_GPU else None
+    return next((device.matmul_flops / 1e12 for device in DEVICES.values() if device.name == kind), None)
 
 
 if __name__ == "__main__":
