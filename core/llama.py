@@ -22,6 +22,7 @@ from core.attention import cached_attention, causal_attention
 from core.config import LlamaConfig
 from core.layers import Dropout, Init, Linear, RMSNorm
 from core.rope import rotate, rotation
+from core.sharding import keep_rows
 
 # What the backward pass may keep of a layer's forward pass: nothing, the matrix products, or all.
 REMAT_POLICIES: dict[str, Callable[..., bool] | None] = {
@@ -221,7 +222,7 @@ class Llama(nnx.Module):
 
         def layer(x_BTD: Array, inputs: tuple[Block, Any, Array | None]) -> tuple[Array, Any]:
             block, layer_cache, layer_key = inputs
-            x_BTD, layer_cache = block(x_BTD, at, layer_cache, Dropout(dropout, layer_key))
+            x_BTD, layer_cache = block(keep_rows(x_BTD), at, layer_cache, Dropout(dropout, layer_key))
             return x_BTD, x_BTD if keep_layers else layer_cache
 
         policy = REMAT_POLICIES[self.compute.remat]

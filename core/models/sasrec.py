@@ -23,6 +23,7 @@ from core import softmax
 from core.attention import causal_attention
 from core.layers import Dropout, Init, Linear
 from core.rope import rotate, turned_by
+from core.sharding import keep_rows
 
 _THETA = 10_000.0
 
@@ -126,7 +127,7 @@ class SASRec(nnx.Module):
 
         def layer(x: Array, inputs: tuple[Block, Array | None]) -> tuple[Array, None]:
             block, layer_key = inputs
-            return block(x, Dropout(config.dropout, layer_key), turn), None
+            return block(keep_rows(x), Dropout(config.dropout, layer_key), turn), None
 
         x_BTD, _ = jax.lax.scan(layer, x_BTD, (self.layers, None if keys is None else keys[1:]))
         return self.final_norm(x_BTD)
