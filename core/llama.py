@@ -115,10 +115,11 @@ class Block(nnx.Module):
 
     def __call__(self, x_BTD: Array, at: Positions, cache: Any, drop: Dropout) -> tuple[Array, Any]:
         with jax.named_scope("attention"):
-            y_BTD, cache = self.attention(self.attention_norm(x_BTD), at, cache)
-            x_BTD = x_BTD + drop(y_BTD, 0)
+            y_BTD, cache = self.attention(keep_rows(self.attention_norm(x_BTD)), at, cache)
+            x_BTD = keep_rows(x_BTD + drop(keep_rows(y_BTD), 0))
         with jax.named_scope("mlp"):
-            return x_BTD + drop(self.mlp(self.mlp_norm(x_BTD)), 1), cache
+            y_BTD = self.mlp(keep_rows(self.mlp_norm(x_BTD)))
+            return x_BTD + drop(keep_rows(y_BTD), 1), cache
 
 
 class Llama(nnx.Module):
@@ -148,7 +149,7 @@ class Llama(nnx.Module):
 
     def embed(self, input_ids: Array) -> Array:
         """Token ids int [..., T] → embeddings [..., T, D] in the compute dtype."""
-        return self.embed_VD[...][input_ids].astype(self.compute.dtype)
+        return keep_rows(self.embed_VD[...][input_ids].astype(self.compute.dtype))
 
     def output_table(self) -> Array:
         """The LM head's rows [V, D]: the embedding itself where the head is tied."""
@@ -169,7 +170,7 @@ class Llama(nnx.Module):
         computed as if it stood alone in a row, from position 0 on. (But for dynamic NTK: beyond
         `max_position_embeddings` its frequencies follow from T, the whole row's length.)
         """
-        return self.norm(self._run(x_BTD, None, dropout, key, segments_BT=segments_BT)[0])
+        return keep_rows(self.norm(self._run(x_BTD, None, dropout, key, segments_BT=segments_BT)[0]))
 
     def layer_outputs(self, x_BTD: Array) -> Array:
         """What `hidden` computes, layer by layer and before the final norm: [L, B, T, D]. For parity tests."""

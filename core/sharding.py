@@ -267,12 +267,15 @@ def on(mesh: Mesh | None) -> Iterator[None]:
             yield
 
 
-def _traced_axes(wanted: Sequence[str], length: int) -> tuple[str, ...]:
-    """Those of `wanted` that divide something on the mesh being traced for, if together they divide `length`."""
+def _traced_axes(wanted: Sequence[str], length: int) -> tuple[str, ...] | None:
+    """Those of `wanted` that have several devices on the mesh being traced for; None: no mesh, or inside a shard_map.
+
+    Where together they do not divide `length`: none of them.
+    """
     mesh = jax.sharding.get_abstract_mesh()
     kinds = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
-    if any(kinds.get(axis) != AxisType.Auto for axis in wanted):  # no mesh, or inside a shard_map
-        return ()
+    if any(kinds.get(axis) != AxisType.Auto for axis in AXES):
+        return None
     axes = tuple(axis for axis in wanted if mesh.shape[axis] > 1)
     return axes if length % math.prod(mesh.shape[axis] for axis in axes) == 0 else ()
 
@@ -280,10 +283,11 @@ def _traced_axes(wanted: Sequence[str], length: int) -> tuple[str, ...]:
 def keep_rows(x: jax.Array) -> jax.Array:
     """The same array [rows, ...], its rows divided along `BATCH_AXES` and nothing else of it.
 
-    Where both a weight and the rows lie on fsdp, XLA might move the activations: the weights are fewer.
+    Where both a weight and the rows lie on fsdp, XLA might move the activations: the weights are fewer. Elsewhere, too,
+    it takes over what the other end of a program suggests: what a loss does with its rows would spread into the layers.
     """
     axes = _traced_axes(BATCH_AXES, x.shape[0])
-    return jax.lax.with_sharding_constraint(x, PartitionSpec(axes)) if axes else x
+    return x if axes is None else jax.lax.with_sharding_constraint(x, PartitionSpec(axes or None))
 
 
 def sum_over_batch_shards(fn: Callable[[Any, Any], jax.Array], tables: Any, rows: Any) -> jax.Array:
