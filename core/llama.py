@@ -22,7 +22,7 @@ from core.attention import cached_attention, causal_attention
 from core.config import LlamaConfig
 from core.layers import Dropout, Init, Linear, RMSNorm
 from core.rope import rotate, rotation
-from core.sharding import keep_rows
+from core.sharding import keep_rows, lookup
 
 # What the backward pass may keep of a layer's forward pass: nothing, the matrix products, or all.
 REMAT_POLICIES: dict[str, Callable[..., bool] | None] = {
@@ -149,7 +149,7 @@ class Llama(nnx.Module):
 
     def embed(self, input_ids: Array) -> Array:
         """Token ids int [..., T] → embeddings [..., T, D] in the compute dtype."""
-        return keep_rows(self.embed_VD[...][input_ids].astype(self.compute.dtype))
+        return lookup(self.embed_VD[...], input_ids).astype(self.compute.dtype)
 
     def output_table(self) -> Array:
         """The LM head's rows [V, D]: the embedding itself where the head is tied."""

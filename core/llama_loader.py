@@ -1,8 +1,9 @@
-"""Hugging Face weights → a Llama on the device, one tensor at a time.
+"""Hugging Face weights → a Llama on the device, or on a mesh of them, one tensor at a time.
 
 What a checkpoint lacks, or has too much of, is said in one error before anything big is allocated. The stacked
-parameters are then allocated once and each tensor is written into its row, in place: beside what is kept, one tensor
-lives on the host and one on the device.
+parameters are then allocated once, on a mesh as `core.sharding` lays them, and each tensor is written into its row, in
+place: beside what is kept, one tensor lives on the host and one on its devices. A host reads of each tensor the rows
+that its devices need, once.
 """
 
 from __future__ import annotations
@@ -10,15 +11,18 @@ from __future__ import annotations
 import functools
 import logging
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax import Array
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from core import sharding
 from core.config import LLAMA_SIZES, LlamaConfig
 from core.functional import FunctionalModel
 from core.hf_names import EMBEDDING, HEAD, IGNORED, STACK, Layout, Place, places
@@ -80,15 +84,16 @@ class LlamaLoader:
         self.starts_at_random = random_weights or (model_size is not None and LLAMA_SIZES[model_size].hf_id is None)
 
     def load_model(
-        self, *, param_dtype: Any = None, dtype: Any = jnp.float32, remat: str = "none"
+        self, *, param_dtype: Any = None, dtype: Any = jnp.float32, remat: str = "none", mesh: Mesh | None = None
     ) -> tuple[FunctionalModel, nnx.State, LlamaConfig]:
-        """Loads the weights onto the default device.
+        """Loads the weights onto the default device, or onto a mesh.
 
         Args:
             param_dtype: of the parameters; None: as the files have it (the widest, where they differ), float32 at
                 random.
             dtype: of the computation.
             remat: a name of `core.llama.REMAT_POLICIES`.
+            mesh: the devices, each of which gets its part; of several processes, all must call.
 
         Returns:
             The model (`.apply(params, input_ids=[B, T])` → logits [B, T, V]), its parameters, its config.
@@ -102,7 +107,7 @@ class LlamaLoader:
             CheckpointError: `.bin` weights without torch.
         """
         if self.starts_at_random:
-            return self._random(param_dtype, Compute(dtype, remat))
+            return self._random(param_dtype, Compute(dtype, remat), mesh)
         folder = self.folder()
         config = LlamaConfig.from_hf(folder)
         files = find_weight_files(folder)
@@ -111,14 +116,16 @@ class LlamaLoader:
             stored = {DTYPES[header.dtype] for header in headers.values()}
             param_dtype = functools.reduce(jnp.promote_types, stored)
         model, abstract = abstract_model(config, Compute(dtype, remat), Init(param_dtype=param_dtype))
-        return model, _fill(folder, files, config, abstract), config
+        return model, _fill(folder, files, config, abstract, mesh), config
 
-    def _random(self, param_dtype: Any, compute: Compute) -> tuple[FunctionalModel, nnx.State, LlamaConfig]:
+    def _random(
+        self, param_dtype: Any, compute: Compute, mesh: Mesh | None
+    ) -> tuple[FunctionalModel, nnx.State, LlamaConfig]:
         assert self.model_size is not None
         _log.warning("Llama %s starts at random: no pretrained weights are loaded", self.model_size)
         config = LLAMA_SIZES[self.model_size].config
         init = Init(param_dtype=jnp.float32 if param_dtype is None else param_dtype)
-        model, params = random_model(config, jax.random.key(0), compute=compute, init=init)
+        model, params = random_model(config, jax.random.key(0), compute=compute, init=init, mesh=mesh)
         return model, params, config
 
     def folder(self) -> Path:
@@ -168,12 +175,20 @@ def abstract_model(config: LlamaConfig, compute: Compute, init: Init) -> tuple[F
 
 
 def random_model(
-    config: LlamaConfig, key: Array, *, compute: Compute | None = None, init: Init | None = None
+    config: LlamaConfig,
+    key: Array,
+    *,
+    compute: Compute | None = None,
+    init: Init | None = None,
+    mesh: Mesh | None = None,
 ) -> tuple[FunctionalModel, nnx.State]:
-    """A Llama that starts at random: the model and its parameters."""
+    """A Llama that starts at random, made where it is to lie: the model and its parameters."""
     compute, init = compute or Compute(), init or Init()
-    model, _ = abstract_model(config, compute, init)
-    return model, _random_parameters(config, key, compute, init)
+    model, abstract = abstract_model(config, compute, init)
+    if mesh is None:
+        return model, _random_parameters(config, key, compute, init)
+    laid = sharding.shardings(abstract, mesh)
+    return model, jax.jit(lambda: _random_parameters(config, key, compute, init), out_shardings=laid)()
 
 
 @functools.partial(jax.jit, static_argnames=("config", "compute", "init"))
@@ -215,12 +230,14 @@ def _tied_head(config: LlamaConfig) -> Mapping[str, Place]:
     return {HEAD: places(config)[EMBEDDING]} if config.tie_word_embeddings else {}
 
 
-def _fill(folder: Path, files: list[Path], config: LlamaConfig, abstract: nnx.State) -> nnx.State:
+def _fill(folder: Path, files: list[Path], config: LlamaConfig, abstract: nnx.State, mesh: Mesh | None) -> nnx.State:
     """Reads every tensor into the parameters that `abstract` describes."""
     wanted, tied = places(config), _tied_head(config)
     variables = dict(nnx.to_flat_state(abstract))
     # Stacks are there from the start; other parameters are one tensor each and come as they are read.
-    arrays = {path: jnp.zeros(leaf.shape, leaf.dtype) for path, leaf in variables.items() if path[0] == STACK}
+    laid = {path: _laid(path, leaf.shape, mesh) for path, leaf in variables.items()}
+    stacks = [(path, leaf) for path, leaf in variables.items() if path[0] == STACK]
+    arrays = {path: jnp.zeros(leaf.shape, leaf.dtype, device=laid[path]) for path, leaf in stacks}
     broken: list[str] = []
     heads: list[WeightFile] = []
     for path in files:
@@ -231,11 +248,11 @@ def _fill(folder: Path, files: list[Path], config: LlamaConfig, abstract: nnx.St
             if name not in wanted:
                 continue
             place = wanted[name]
-            tensor = jax.device_put(file.read(name), may_alias=True)  # never written to afterwards
+            tensor, where = _read(file, name, place, mesh), laid[place.path]
             if place.layer is None:
-                arrays[place.path], finite = _convert(tensor, place.layout, variables[place.path].dtype)
+                arrays[place.path], finite = _converter(where)(tensor, place.layout, variables[place.path].dtype)
             else:
-                arrays[place.path], finite = _write(arrays[place.path], tensor, place.layer, place.layout)
+                arrays[place.path], finite = _writer(where)(arrays[place.path], tensor, place.layer, place.layout)
             # Fetching the flag waits for the write: tensors must not queue up in memory.
             if not bool(finite):
                 broken.append(f"{name} in {path.name}")
@@ -243,8 +260,9 @@ def _fill(folder: Path, files: list[Path], config: LlamaConfig, abstract: nnx.St
         dtype = arrays[wanted[EMBEDDING].path].dtype
         raise CheckpointMismatch(f"{folder}: NaN or infinite as {dtype}: {', '.join(broken)}")
     for file in heads:
-        embedding, layout = arrays[tied[HEAD].path], tied[HEAD].layout
-        if not bool((_convert(file.read(HEAD), layout, embedding.dtype)[0] == embedding).all()):
+        place, embedding = tied[HEAD], arrays[tied[HEAD].path]
+        head, _ = _converter(laid[place.path])(_read(file, HEAD, place, mesh), place.layout, embedding.dtype)
+        if not bool((head == embedding).all()):
             raise CheckpointMismatch(
                 f"{file.path}: {HEAD} differs from {EMBEDDING}, but config.json says tie_word_embeddings true; "
                 "set it to false if the head was trained apart"
@@ -252,15 +270,55 @@ def _fill(folder: Path, files: list[Path], config: LlamaConfig, abstract: nnx.St
     return nnx.from_flat_state([(path, leaf.replace(arrays[path])) for path, leaf in variables.items()])
 
 
-@functools.partial(jax.jit, static_argnames=("layout", "dtype"))
+def _laid(path: tuple[Any, ...], shape: tuple[int, ...], mesh: Mesh | None) -> NamedSharding | None:
+    """Where a parameter lies; None: on the default device."""
+    return None if mesh is None else sharding.sharding_of([str(part) for part in path], shape, mesh)
+
+
+def _read(file: WeightFile, name: str, place: Place, mesh: Mesh | None) -> Array:
+    """A tensor of Hugging Face's on its devices, divided there as ours is: converting it then moves nothing."""
+    layout = place.layout
+    ours = _laid(place.path, layout.our_shape, mesh)
+    if ours is None:
+        return jax.device_put(file.read(name), may_alias=True)  # never written to afterwards
+    spec = tuple(ours.spec) + (None,) * (len(layout.our_shape) - len(ours.spec))
+    theirs = NamedSharding(ours.mesh, PartitionSpec(*layout.axes_in_hf(spec)))
+    indices = theirs.addressable_devices_indices_map(layout.hf_shape).values()
+    bounds = [index[0].indices(layout.hf_shape[0])[:2] for index in indices if index is not None]
+    first, end = min(low for low, _ in bounds), max(high for _, high in bounds)
+    tensor = file.read(name, slice(first, end))
+
+    def part(index: tuple[slice, ...] | None) -> np.ndarray:
+        assert index is not None
+        low, high, _ = index[0].indices(layout.hf_shape[0])
+        return tensor[(slice(low - first, high - first), *index[1:])]
+
+    return jax.make_array_from_callback(layout.hf_shape, theirs, part)
+
+
 def _convert(tensor: Array, layout: Layout, dtype: Any) -> tuple[Array, Array]:
     """A tensor of Hugging Face's as we hold it, and whether it is finite there."""
     ours = layout.to_ours(tensor).astype(dtype)
     return ours, jnp.isfinite(ours).all()
 
 
-@functools.partial(jax.jit, static_argnames="layout", donate_argnums=0)
 def _write(stack: Array, tensor: Array, layer: int, layout: Layout) -> tuple[Array, Array]:
     """Puts a tensor of Hugging Face's into its layer's row, in place; also, is it finite there?"""
     ours, finite = _convert(tensor, layout, stack.dtype)
     return jax.lax.dynamic_update_index_in_dim(stack, ours, layer, 0), finite
+
+
+@functools.cache
+def _converter(laid: NamedSharding | None) -> Callable[..., tuple[Array, Array]]:
+    """`_convert`, compiled for a parameter that lies so."""
+    return jax.jit(_convert, static_argnames=("layout", "dtype"), out_shardings=_with_flag(laid))
+
+
+@functools.cache
+def _writer(laid: NamedSharding | None) -> Callable[..., tuple[Array, Array]]:
+    """`_write`, compiled for a stack that lies so."""
+    return jax.jit(_write, static_argnames="layout", donate_argnums=0, out_shardings=_with_flag(laid))
+
+
+def _with_flag(laid: NamedSharding | None) -> Any:
+    return None if laid is None else (laid, NamedSharding(laid.mesh, PartitionSpec()))

@@ -4,9 +4,9 @@ Models name no mesh. A program is compiled with the shardings of its arguments (
 (arXiv 2105.04663), and two functions that do nothing on one device keep it on the right way: `keep_rows`, so that
 weights travel and not activations, and `sum_over_batch_shards`, so that a loss sorts and gathers its own rows alone.
 
-The mesh has three axes. data: every device has all parameters and rows of its own. fsdp: rows of its own too, and a part
-of each parameter, gathered where it is used (ZeRO-3, arXiv 1910.02054). tensor: a part of each layer's heads and MLP,
-rows shared (arXiv 1909.08053).
+The mesh has three axes. data: every device has all parameters and rows of its own. fsdp: rows of its own too, and a
+part of each parameter, gathered where it is used (ZeRO-3, arXiv 1910.02054). tensor: a part of each layer's heads and
+MLP, rows shared (arXiv 1909.08053).
 
 Legend: T rows of a loss, L layers of a stack, r rank of an adapter.
 """
@@ -77,8 +77,8 @@ class MeshShape:
             found = re.fullmatch(r"\s*(\w+)\s*=\s*(\d+)\s*", part)
             if found is None or found[1] not in AXES or found[1] in sizes or int(found[2]) < 1:
                 raise ValueError(
-                    f"mesh {text!r}: {part.strip()!r} is not understood; write sizes of {', '.join(AXES)}, each at most "
-                    "once, as in data=2,fsdp=4"
+                    f"mesh {text!r}: {part.strip()!r} is not understood; write sizes of {', '.join(AXES)}, each "
+                    "at most once, as in data=2,fsdp=4"
                 )
             sizes[found[1]] = int(found[2])
         return MeshShape(**sizes)
@@ -234,11 +234,22 @@ def rows_of_process(batch: Any, mesh: Mesh) -> Any:
     """Host arrays with the rows of this process (`MeshShape.part_of`) → arrays [all rows, ...] on the mesh."""
     sharding = rows(mesh)
     shards = mesh.shape["data"] * mesh.shape["fsdp"]
-    here = {index[0].indices(shards)[0] for index in sharding.addressable_devices_indices_map((shards,)).values()}
+    indices = sharding.addressable_devices_indices_map((shards,)).values()
+    here = {index[0].indices(shards)[0] for index in indices if index is not None}
 
     def put(x: np.ndarray) -> jax.Array:
         total = (x.shape[0] * shards // len(here), *x.shape[1:])
         return jax.make_array_from_process_local_data(sharding, x, total)
+
+    return jax.tree.map(put, batch)
+
+
+def split_rows(batch: Any, mesh: Mesh) -> Any:
+    """Host arrays [rows, ...], the same in every process → arrays on the mesh, by rows where these divide."""
+
+    def put(x: np.ndarray) -> jax.Array:
+        divides = x.shape[0] % (mesh.shape["data"] * mesh.shape["fsdp"]) == 0
+        return jax.make_array_from_callback(x.shape, rows(mesh) if divides else whole(mesh), lambda index: x[index])
 
     return jax.tree.map(put, batch)
 
@@ -288,6 +299,20 @@ def keep_rows(x: jax.Array) -> jax.Array:
     """
     axes = _traced_axes(BATCH_AXES, x.shape[0])
     return x if axes is None else jax.lax.with_sharding_constraint(x, PartitionSpec(axes or None))
+
+
+def lookup(table: jax.Array, ids: jax.Array) -> jax.Array:
+    """table[ids] for ids [rows, ...]: each device looks up its columns for the rows of all its fsdp group, and the
+    group then exchanges columns for rows. Left to itself XLA would give every device all rows of the batch.
+    """
+    mesh, axes = jax.sharding.get_abstract_mesh(), _traced_axes(("data",), ids.shape[0])
+    if axes is None:
+        return table[ids]
+    along = PartitionSpec(axes or None)
+    columns = "fsdp" if table.shape[-1] % mesh.shape["fsdp"] == 0 else None
+    found = table[jax.lax.with_sharding_constraint(ids, along)]
+    spec = PartitionSpec(axes or None, *(None,) * (ids.ndim - 1), columns)
+    return keep_rows(jax.lax.with_sharding_constraint(found, spec))
 
 
 def sum_over_batch_shards(fn: Callable[[Any, Any], jax.Array], tables: Any, rows: Any) -> jax.Array:

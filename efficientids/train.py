@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import time
 from collections.abc import Sequence
@@ -9,10 +10,12 @@ from pathlib import Path
 
 import jax
 from flax import nnx
+from jax.sharding import Mesh
 
+from core import sharding
 from core.platform import quiet_devices
 from core.weight_files import weights_checksum
-from efficientids import loading, systems
+from efficientids import loading, processes, systems
 from efficientids.config import parse, to_mapping
 from efficientids.data.dataset import Dataset
 from efficientids.data.generated import generate
@@ -25,6 +28,7 @@ from efficientids.options import TrainConfig
 from efficientids.pages.run_report import ReportPage
 from efficientids.pages.samples import make_samples, write_samples
 from efficientids.planning.memory import estimate
+from efficientids.planning.mesh import mesh_of_run, resolve_mesh
 from efficientids.recommenders.base import Recommender, in_llama
 from efficientids.runs import RunFolder
 from efficientids.systems.base import Scale, System, describe, refuse_unread
@@ -36,6 +40,9 @@ from efficientids.training.trainer import TrainerOptions, Validate, train
 def main(arguments: Sequence[str]) -> int:
     """Parses flags and does the job; returns the exit code."""
     config = parse(arguments)
+    processes.join(config.coordinator, config.num_processes, config.process_id)
+    # How a run was launched is in its environment.json, and no part of what it is.
+    config = dataclasses.replace(config, coordinator=None, num_processes=None, process_id=None)
     quiet_devices()
     system = systems.get(config.recommender)
     refuse_unread(config)
@@ -43,21 +50,25 @@ def main(arguments: Sequence[str]) -> int:
     if config.estimate_memory_only:
         return _estimate(config, system)
     path = config.checkpoint_dir or Path("runs") / f"{config.recommender}-{time.strftime('%Y%m%d-%H%M%S')}"
-    run = RunFolder.create(path)
+    run = RunFolder(Path(processes.by_first(lambda: str(RunFolder.create(path).path))))
     with run.starting():
         dataset = _dataset(config, run.path)
-        config = system.resolve(config, Scale.of(dataset))
-        log = RunLog(run.metrics, config.log_every)
-        log.say(_announce(config, system, dataset))
-        recommender, model, frozen_weights = _start(config, system, dataset, log)
-        run.write(to_mapping(config), describe(recommender, config, dataset, frozen_weights, run.path))
+        config, why = resolve_mesh(config, system, Scale.of(dataset))
+        config, mesh = system.resolve(config, Scale.of(dataset)), mesh_of_run(config)
+        log = RunLog(run.metrics, config.log_every, speaks=processes.is_first())
+        log.say(_announce(config, system, dataset, why))
+        recommender, model, frozen_weights = _start(config, system, dataset, log, mesh)
+        if mesh is not None:
+            log.say(_left_whole(model, mesh))
+        if processes.is_first():
+            run.write(to_mapping(config), describe(recommender, config, dataset, frozen_weights, run.path))
     followers: dict[str, Tracker] = {"TensorBoard": TensorBoard(), "report.html": ReportPage(), **trackers}
-    with log.followed_by(followers, run.path, to_mapping(config)):
+    with log.followed_by(followers if processes.is_first() else {}, run.path, to_mapping(config)):
         began = time.perf_counter()
-        train(recommender, model, _options(config, frozen_weights), run, log, _validator(recommender, dataset))
+        train(recommender, model, _options(config, frozen_weights, mesh), run, log, _validator(recommender, dataset))
         log.say(f"trained in {duration(time.perf_counter() - began)}; run folder {run.path}")
         del model
-        _report(run, dataset, log)
+        _report(run, dataset, log, mesh)
     return 0
 
 
@@ -65,10 +76,10 @@ def _dataset(config: TrainConfig, run: Path) -> Dataset:
     """The data set asked for, or the generated one, written into the run folder."""
     if config.data_dir is not None:
         return Dataset.open(config.data_dir)
-    return generate().write(run / "data")
+    return Dataset.open(Path(processes.by_first(lambda: str(generate().write(run / "data").path))))
 
 
-def _announce(config: TrainConfig, system: System, dataset: Dataset) -> str:
+def _announce(config: TrainConfig, system: System, dataset: Dataset, why: str) -> str:
     lines = [
         f"{config.recommender}: {system.headline(config)}",
         f"data: {dataset.manifest['name']}: {dataset.num_users:,} users, {dataset.catalogue_size:,} items, "
@@ -80,17 +91,28 @@ def _announce(config: TrainConfig, system: System, dataset: Dataset) -> str:
             f"{'packed rows' if config.pack_sequences else 'users'}, {config.length_buckets} length bucket(s), "
             f"learning rate {config.learning_rate:g}, seed {config.seed}"
         )
-    if jax.device_count() > 1:
-        lines.append(f"one of {jax.device_count()} devices is used")
+    if jax.device_count() > 1 and why:
+        kind, count = jax.devices()[0].device_kind, jax.process_count()
+        several = f" of {count} processes" if count > 1 else ""
+        lines.append(f"devices: {jax.device_count()} × {kind}{several}; mesh {config.mesh} ({why})")
     return "\n".join(lines)
 
 
+def _left_whole(model: nnx.Module, mesh: Mesh) -> str:
+    """What every device holds a copy of though the mesh divides parameters."""
+    found = sharding.left_whole(nnx.state(model, nnx.Param), mesh)
+    if not found:
+        return f"parameters: all matrices and tables are divided as the mesh says; {mesh.size} devices"
+    listed = ", ".join(f"{entry.path} ({entry.reason})" for entry in found[:3]) + (", …" if len(found) > 3 else "")
+    return f"parameters: {sum(entry.bytes for entry in found) / 2**20:.1f} MiB are whole on every device: {listed}"
+
+
 def _start(
-    config: TrainConfig, system: System, dataset: Dataset, log: RunLog
+    config: TrainConfig, system: System, dataset: Dataset, log: RunLog, mesh: Mesh | None
 ) -> tuple[Recommender, nnx.Module, dict[str, str] | None]:
     """The recommender, its model before step 0, and the file its frozen Llama is referenced by (None: none)."""
     if config.load_checkpoint is not None:
-        earlier = loading.open_run(config.load_checkpoint, like=config)
+        earlier = loading.open_run(config.load_checkpoint, like=config, mesh=mesh)
         loading.check_same_items(earlier, dataset)
         recommender = system.recommender(config, dataset, earlier)
         model = loading.adopt(earlier, recommender, system)
@@ -100,13 +122,13 @@ def _start(
     if folder is not None:
         log.say(f"weights: {folder}")
     recommender = system.recommender(config, dataset, None)
-    model = system.start(recommender, config)
+    model = system.start(recommender, config, mesh)
     if folder is None or not config.freeze_llama:
         return recommender, model, None
     return recommender, model, {"path": str(folder.resolve()), "sha256": weights_checksum(folder)}
 
 
-def _options(config: TrainConfig, frozen_weights: dict[str, str] | None) -> TrainerOptions:
+def _options(config: TrainConfig, frozen_weights: dict[str, str] | None, mesh: Mesh | None) -> TrainerOptions:
     return TrainerOptions(
         seed=config.seed,
         accumulation=config.gradient_accumulation,
@@ -115,6 +137,7 @@ def _options(config: TrainConfig, frozen_weights: dict[str, str] | None) -> Trai
         eval_every=config.eval_every or 1,  # a baseline that only counts is validated once
         patience=config.patience,
         saved=nnx.Not(in_llama) if frozen_weights else ...,
+        mesh=mesh,
     )
 
 
@@ -126,12 +149,15 @@ def _validator(recommender: Recommender, dataset: Dataset) -> Validate:
     return validate
 
 
-def _report(run: RunFolder, dataset: Dataset, log: RunLog) -> None:
+def _report(run: RunFolder, dataset: Dataset, log: RunLog, mesh: Mesh | None) -> None:
     """Restores the best checkpoint and says what it is worth: the test metrics, and recommendations by title."""
-    loaded = loading.open_run(run.path)
+    best_step = int(processes.by_first(lambda: str(run.choose_step())))
+    loaded = loading.open_run(run.path, best_step, mesh=mesh)
     log.say(f"best checkpoint: step {loaded.step}")
     result, more = evaluate_run(loaded, dataset, "test")
-    write_samples(run.path, make_samples(loaded.recommender, loaded.model, dataset, step=loaded.step))
+    samples = make_samples(loaded.recommender, loaded.model, dataset, step=loaded.step)
+    if processes.is_first():
+        write_samples(run.path, samples)
     log.record({"event": "test", "step": loaded.step, **result.metrics})
     log.say(as_text(result))
     if "best_possible" in more:

@@ -25,7 +25,6 @@ from core.embeddings import InputAdapter, ItemVectors, Woven, fan_in
 from core.functional import Buffer
 from core.layers import Dropout, Init, Linear
 from core.llama import Compute, Llama
-from core.sharding import keep_rows
 
 
 @dataclasses.dataclass(frozen=True)
@@ -150,8 +149,7 @@ class LlamaEfficientIDSModel(nnx.Module):
 
     def hidden(self, sequence: Woven, key: Array | None = None) -> Array:
         """A sequence → hidden states [B, T, D] after the final norm; with a key, under dropout."""
-        x_BTE = keep_rows(self.items(sequence.item_ids).astype(self.llama.compute.dtype))
-        x_BTD = self.input_adapter(x_BTE)
+        x_BTD = self.input_adapter(self.items(sequence.item_ids).astype(self.llama.compute.dtype))
         key_input = key_layers = None
         if key is not None and self.config.dropout > 0:
             key_input, key_layers = jax.random.split(key)

@@ -23,7 +23,7 @@ from core import softmax
 from core.attention import causal_attention
 from core.layers import Dropout, Init, Linear
 from core.rope import rotate, turned_by
-from core.sharding import keep_rows
+from core.sharding import keep_rows, lookup
 
 _THETA = 10_000.0
 
@@ -116,7 +116,7 @@ class SASRec(nnx.Module):
         config = self.config
         keys = None if key is None else jax.random.split(key, config.num_layers + 1)
         # √D as in the original: item vectors start small, positions must not drown them.
-        x_BTD = keep_rows(self.items_ND[...][item_ids_BT]) * config.width**0.5
+        x_BTD = lookup(self.items_ND[...], item_ids_BT) * config.width**0.5
         turn = None
         if self.positions_TD is not None:
             x_BTD = x_BTD + self.positions_TD[...][: item_ids_BT.shape[1]]

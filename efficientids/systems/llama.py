@@ -8,7 +8,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import Mesh
 
+from core import sharding
 from core.config import LLAMA_SIZES, LlamaConfig
 from core.llama import Compute
 from core.llama_loader import LlamaLoader
@@ -73,18 +75,21 @@ def weights_folder(config: TrainConfig) -> Path:
         raise UserError(str(error)) from error
 
 
-def load_llama(folder: Path, param_dtype: Any) -> nnx.State:
-    """The parameters of the Llama in `folder`; what is wrong with its files is a UserError."""
+def load_llama(folder: Path, param_dtype: Any, mesh: Mesh | None = None) -> nnx.State:
+    """The parameters of the Llama in `folder`, on `mesh` or one device; what is wrong with its files is a UserError."""
     try:
-        _, params, _ = LlamaLoader(path=folder).load_model(param_dtype=param_dtype)
+        _, params, _ = LlamaLoader(path=folder).load_model(param_dtype=param_dtype, mesh=mesh)
     except ValueError as error:
         raise UserError(str(error)) from error
     return params
 
 
-def with_llama(recommender: Recommender, key: jax.Array, llama_params: nnx.State) -> nnx.Module:
+def with_llama(
+    recommender: Recommender, key: jax.Array, llama_params: nnx.State, mesh: Mesh | None = None
+) -> nnx.Module:
     """A model at its random start whose Llama has the given parameters; the Llama is never in memory twice."""
-    graphdef, _ = nnx.split(nnx.eval_shape(recommender.init, key))
+    graphdef, state = nnx.split(nnx.eval_shape(recommender.init, key))
+    laid = None if mesh is None else sharding.shardings(nnx.filter_state(state, nnx.Not(in_llama)), mesh)
     # Only what is not the Llama leaves this program, so XLA never makes a random Llama.
-    own = jax.jit(lambda k: nnx.state(recommender.init(k), nnx.Not(in_llama)))(key)
+    own = jax.jit(lambda: nnx.state(recommender.init(key), nnx.Not(in_llama)), out_shardings=laid)()
     return nnx.merge(graphdef, own, nnx.State({"llama": llama_params}))

@@ -48,6 +48,11 @@ class Program(NamedTuple):
         """A batch of this process's rows (NumPy) as `step` takes it."""
         return batch if self.mesh is None else sharding.rows_of_process(batch, self.mesh)
 
+    def key(self, seed: int, phase: int) -> jax.Array:
+        """The key of the randomness in a phase's steps."""
+        laid = None if self.mesh is None else sharding.whole(self.mesh)
+        return jax.jit(lambda: jax.random.fold_in(jax.random.key(seed), phase), out_shardings=laid)()
+
     def model(self, state: TrainState) -> nnx.Module:
         """The model with the parameters of `state`."""
         return nnx.merge(self.graphdef, *state.params, self.frozen)

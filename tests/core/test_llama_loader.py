@@ -317,7 +317,7 @@ def test_a_stack_is_written_in_place() -> None:
     layout = places(SMALL)[Q0].layout
     stack = jnp.zeros((2, *layout.our_shape))
     where = stack.unsafe_buffer_pointer()
-    stack, _ = llama_loader._write(stack, jnp.ones(layout.hf_shape), 1, layout)
+    stack, _ = llama_loader._writer(None)(stack, jnp.ones(layout.hf_shape), 1, layout)
     assert stack.unsafe_buffer_pointer() == where
     assert float(stack[0].sum()) == 0 and float(stack[1].mean()) == 1
 

@@ -99,8 +99,9 @@ def case(head: str) -> tuple[Any, Any, Any]:
     """A loss as (function of float tables and rows, tables, rows)."""
     rng = np.random.default_rng(0)
     tables = {
-        "items": rng.standard_normal((N + 1, D)), "bias": rng.standard_normal(N + 1), "words": rng.standard_normal((9, D)),
-        "centroids": rng.standard_normal((5, D)), "centroid_bias": rng.standard_normal(5),
+        "items": rng.standard_normal((N + 1, D)), "bias": rng.standard_normal(N + 1),
+        "words": rng.standard_normal((9, D)), "centroids": rng.standard_normal((5, D)),
+        "centroid_bias": rng.standard_normal(5),
     }  # fmt: skip
     tables = {name: table.astype(np.float32) for name, table in tables.items()}
     h_TD = rng.standard_normal((T, D)).astype(np.float32)

