@@ -14,6 +14,7 @@ from flax import nnx
 from jax import Array
 
 from core.layers import Init, Linear
+from core.sharding import keep_rows, lookup
 
 
 class ItemVectors(nnx.Module):
@@ -35,8 +36,8 @@ class ItemVectors(nnx.Module):
 
     def __call__(self, item_ids: Array) -> Array:
         """Ids int [...] → vectors [..., E] in the parameters' dtype."""
-        rows = self.table_NE[...][item_ids]
-        return rows if self.factor_RE is None else rows @ self.factor_RE[...]
+        rows = lookup(self.table_NE[...], item_ids)
+        return rows if self.factor_RE is None else keep_rows(rows @ self.factor_RE[...])
 
     def table(self) -> Array:
         """All vectors [N + 1, E]."""

@@ -15,7 +15,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, Literal, TypeVar
 
 import jax
@@ -25,6 +25,7 @@ from core.config import LlamaConfig
 from core.hf_families import FAMILIES, family_of
 
 T = TypeVar("T", np.ndarray, jax.Array)
+R = TypeVar("R")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,6 +103,21 @@ class Layout:
             _split_shape=tuple(sizes[letter] for letter in letters),
             _axes=tuple(letters.index(letter) for letter in ours.split()),
         )
+
+    def axes_in_hf(self, ours: Sequence[R]) -> tuple[R, ...]:
+        """What holds for our axes, by Hugging Face's: a product of axes has what holds for its first.
+
+        So a tensor that is divided along our axes is divided along theirs, into the same parts, as long as only the
+        first axis of a product is divided.
+        """
+        split = [ours[self._axes.index(i)] for i in range(len(self._axes))]
+        sizes, found = iter(zip(self._split_shape, split, strict=True)), []
+        for length in self.hf_shape:
+            size, first = next(sizes)
+            found.append(first)
+            while size < length:
+                size *= next(sizes)[0]
+        return tuple(found)
 
     def to_ours(self, tensor: T) -> T:
         """Hugging Face's tensor → ours, of the same dtype. Raises ValueError for a tensor of another shape."""

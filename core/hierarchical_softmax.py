@@ -11,13 +11,14 @@ D width, V words, G blocks of R positions, k results, E exclusions. N1 stands fo
 from __future__ import annotations
 
 import dataclasses
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 
 from core.chunked import chunk_rows, chunked_sum
 from core.clustering import Clusters
+from core.sharding import sum_over_batch_shards
 from core.softmax import Segment, cross_entropy, dot_f32, item_segment, joint_nll, segment_logits, top_k_of, weighted
 
 Method = Literal["blocks", "padded", "ragged"]
@@ -82,6 +83,29 @@ def loss(
       ValueError: shapes that do not agree, or an unknown method.
     """
     _check(h_TD, params, clusters)
+    tables = (params, clusters, None if words is None else (words.table_ND, words.bias_N, words.live_N))
+    rows = (h_TD, targets_T, weights_T, None if words is None else words.h_TD)
+
+    def local(tables: Any, rows: Any) -> jax.Array:
+        params, clusters, word_table = tables
+        h_TD, targets_T, weights_T, word_h_TD = rows
+        words = None if word_table is None else Segment(word_h_TD, *word_table)
+        return _loss(h_TD, params, clusters, targets_T, weights_T, method, words, chunk_elements)
+
+    return sum_over_batch_shards(local, tables, rows)
+
+
+def _loss(
+    h_TD: jax.Array,
+    params: TwoLevelParams,
+    clusters: Clusters,
+    targets_T: jax.Array,
+    weights_T: jax.Array,
+    method: Method,
+    words: Segment | None,
+    chunk_elements: int | None,
+) -> jax.Array:
+    """`loss` of positions that one device has."""
     num_words = 0 if words is None else words.table_ND.shape[0]
     items_T = targets_T - num_words
     is_item_T = (items_T >= 1) & (items_T <= clusters.num_items)

@@ -22,6 +22,7 @@ from core.attention import Choice, Kernel, Wish, cached_attention, causal_attent
 from core.config import LlamaConfig
 from core.layers import Dropout, Init, LlamaLinear, RMSNorm
 from core.rope import rotate, rotation
+from core.sharding import keep_rows, lookup
 
 # What the backward pass may keep of a layer's forward pass: nothing, the matrix products, or all.
 REMAT_POLICIES: dict[str, Callable[..., bool] | None] = {
@@ -128,10 +129,11 @@ class Block(nnx.Module):
 
     def __call__(self, x_BTD: Array, at: Positions, cache: Any, drop: Dropout) -> tuple[Array, Any]:
         with jax.named_scope("attention"):
-            y_BTD, cache = self.attention(self.attention_norm(x_BTD), at, cache, drop.key)
-            x_BTD = x_BTD + drop(y_BTD, 0)
+            y_BTD, cache = self.attention(keep_rows(self.attention_norm(x_BTD)), at, cache, drop.key)
+            x_BTD = keep_rows(x_BTD + drop(keep_rows(y_BTD), 0))
         with jax.named_scope("mlp"):
-            return x_BTD + drop(self.mlp(self.mlp_norm(x_BTD), drop.key), 1), cache
+            y_BTD = self.mlp(keep_rows(self.mlp_norm(x_BTD)), drop.key)
+            return x_BTD + drop(keep_rows(y_BTD), 1), cache
 
 
 class Llama(nnx.Module):
@@ -161,7 +163,7 @@ class Llama(nnx.Module):
 
     def embed(self, input_ids: Array) -> Array:
         """Token ids int [..., T] → embeddings [..., T, D] in the compute dtype."""
-        return self.embed_VD[...][input_ids].astype(self.compute.dtype)
+        return lookup(self.embed_VD[...], input_ids).astype(self.compute.dtype)
 
     def output_table(self) -> Array:
         """The LM head's rows [V, D]: the embedding itself where the head is tied; of length 1 if `normalised_head`."""
@@ -191,7 +193,7 @@ class Llama(nnx.Module):
         Raises:
             ValueError: T beyond `sliding_window`, packed or not.
         """
-        return self.norm(self._run(x_BTD, None, dropout, key, segments_BT=segments_BT)[0])
+        return keep_rows(self.norm(self._run(x_BTD, None, dropout, key, segments_BT=segments_BT)[0]))
 
     def layer_outputs(self, x_BTD: Array) -> Array:
         """What `hidden` computes, layer by layer and before the final norm: [L, B, T, D]. For parity tests."""
@@ -249,7 +251,7 @@ class Llama(nnx.Module):
 
         def layer(x_BTD: Array, inputs: tuple[Block, Any, Array | None]) -> tuple[Array, Any]:
             block, layer_cache, layer_key = inputs
-            x_BTD, layer_cache = block(x_BTD, at, layer_cache, Dropout(dropout, layer_key))
+            x_BTD, layer_cache = block(keep_rows(x_BTD), at, layer_cache, Dropout(dropout, layer_key))
             return x_BTD, x_BTD if keep_layers else layer_cache
 
         policy = REMAT_POLICIES[self.compute.remat]

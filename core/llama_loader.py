@@ -1,8 +1,7 @@
-"""Hugging Face weights → a Llama on the device, one tensor at a time.
+"""Hugging Face weights → a Llama on the device, or on a mesh of them, one tensor at a time.
 
-What a checkpoint lacks, or has too much of, is said in one error before anything big is allocated. The stacked
-parameters are then allocated once and each tensor is written into its row, in place: beside what is kept, one tensor
-lives on the host and one on the device.
+What a checkpoint lacks, or has too much of, is said in one error before anything big is allocated; `core.filling` then
+puts each tensor in its place.
 """
 
 from __future__ import annotations
@@ -18,13 +17,16 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array
+from jax.sharding import Mesh
 
+from core import sharding
 from core.config import LLAMA_SIZES, LlamaConfig
+from core.filling import Filling
 from core.functional import FunctionalModel
-from core.hf_names import EMBEDDING, HEAD, IGNORED, STACK, Layout, Place, in_files, places
+from core.hf_names import EMBEDDING, HEAD, IGNORED, Place, in_files, places
 from core.layers import Init
 from core.llama import Compute, Llama
-from core.quantized import Format, quantize_as
+from core.quantized import Format
 from core.weight_files import (
     DTYPES,
     CheckpointError,
@@ -88,8 +90,9 @@ class LlamaLoader:
         dtype: Any = jnp.float32,
         remat: str = "none",
         quantize: Format | None = None,
+        mesh: Mesh | None = None,
     ) -> tuple[FunctionalModel, nnx.State, LlamaConfig]:
-        """Loads the weights onto the default device.
+        """Loads the weights onto the default device, or onto a mesh.
 
         Args:
             param_dtype: of the parameters; None: as the files have it (the widest, where they differ), float32 at
@@ -97,6 +100,7 @@ class LlamaLoader:
             dtype: of the computation.
             remat: a name of `core.llama.REMAT_POLICIES`.
             quantize: hold the layers' weights in this format: frozen, in about a half or a quarter of bfloat16's bytes.
+            mesh: the devices, each of which gets its part; of several processes, all must call.
 
         Returns:
             The model (`.apply(params, input_ids=[B, T])` → logits [B, T, V]), its parameters, its config.
@@ -110,7 +114,7 @@ class LlamaLoader:
             CheckpointError: `.bin` weights without torch.
         """
         if self.starts_at_random:
-            return self._random(param_dtype, Compute(dtype, remat), quantize)
+            return self._random(param_dtype, Compute(dtype, remat), quantize, mesh)
         folder = self.folder()
         config = LlamaConfig.from_hf(folder)
         files = find_weight_files(folder)
@@ -118,19 +122,18 @@ class LlamaLoader:
         if param_dtype is None:
             stored = {DTYPES[header.dtype] for header in headers.values()}
             param_dtype = functools.reduce(jnp.promote_types, stored)
-        model, abstract = abstract_model(
-            config, Compute(dtype, remat), Init(param_dtype=param_dtype, quantize=quantize)
-        )
-        return model, _fill(folder, files, config, abstract), config
+        init = Init(param_dtype=param_dtype, quantize=quantize)
+        model, abstract = abstract_model(config, Compute(dtype, remat), init)
+        return model, _fill(folder, files, config, abstract, mesh), config
 
     def _random(
-        self, param_dtype: Any, compute: Compute, quantize: Format | None
+        self, param_dtype: Any, compute: Compute, quantize: Format | None, mesh: Mesh | None
     ) -> tuple[FunctionalModel, nnx.State, LlamaConfig]:
         assert self.model_size is not None
         _log.warning("Llama %s starts at random: no pretrained weights are loaded", self.model_size)
         config = LLAMA_SIZES[self.model_size].config
         init = Init(param_dtype=jnp.float32 if param_dtype is None else param_dtype, quantize=quantize)
-        model, params = random_model(config, jax.random.key(0), compute=compute, init=init)
+        model, params = random_model(config, jax.random.key(0), compute=compute, init=init, mesh=mesh)
         return model, params, config
 
     def folder(self) -> Path:
@@ -180,12 +183,20 @@ def abstract_model(config: LlamaConfig, compute: Compute, init: Init) -> tuple[F
 
 
 def random_model(
-    config: LlamaConfig, key: Array, *, compute: Compute | None = None, init: Init | None = None
+    config: LlamaConfig,
+    key: Array,
+    *,
+    compute: Compute | None = None,
+    init: Init | None = None,
+    mesh: Mesh | None = None,
 ) -> tuple[FunctionalModel, nnx.State]:
-    """A Llama that starts at random: the model and its parameters."""
+    """A Llama that starts at random, made where it is to lie: the model and its parameters."""
     compute, init = compute or Compute(), init or Init()
-    model, _ = abstract_model(config, compute, init)
-    return model, _random_parameters(config, key, compute, init)
+    model, abstract = abstract_model(config, compute, init)
+    if mesh is None:
+        return model, _random_parameters(config, key, compute, init)
+    laid = sharding.shardings(abstract, mesh)
+    return model, jax.jit(lambda: _random_parameters(config, key, compute, init), out_shardings=laid)()
 
 
 @functools.partial(jax.jit, static_argnames=("config", "compute", "init"))
@@ -232,12 +243,9 @@ def _tied_head(config: LlamaConfig) -> Mapping[str, Place]:
     return {HEAD: places(config)[EMBEDDING]} if config.tie_word_embeddings else {}
 
 
-def _fill(folder: Path, files: list[Path], config: LlamaConfig, abstract: nnx.State) -> nnx.State:
+def _fill(folder: Path, files: list[Path], config: LlamaConfig, abstract: nnx.State, mesh: Mesh | None) -> nnx.State:
     """Reads every tensor into the parameters that `abstract` describes."""
-    wanted, tied = places(config), _tied_head(config)
-    variables = dict(nnx.to_flat_state(abstract))
-    # Stacks are there from the start; other parameters are one tensor each and come as they are read.
-    arrays = {path: jnp.zeros(leaf.shape, leaf.dtype) for path, leaf in variables.items() if path[0] == STACK}
+    wanted, tied, filling = places(config), _tied_head(config), Filling(abstract, mesh)
     broken: list[str] = []
     heads: list[WeightFile] = []
     for path in files:
@@ -245,62 +253,16 @@ def _fill(folder: Path, files: list[Path], config: LlamaConfig, abstract: nnx.St
         for name in file.headers:
             if name in tied:
                 heads.append(file)
-            if name not in wanted:
-                continue
-            place = wanted[name]
-            tensor = jax.device_put(file.read(name), may_alias=True)  # never written to afterwards
-            finite = _store(arrays, tensor, place, variables)
-            # Fetching the flag waits for the write: tensors must not queue up in memory.
-            if not bool(finite):
+            if name in wanted and not filling.put(file, name, wanted[name]):
                 broken.append(f"{name} in {path.name}")
+    state = filling.state()
     if broken:
-        dtype = arrays[wanted[EMBEDDING].path].dtype
+        dtype = dict(nnx.to_flat_state(state))[wanted[EMBEDDING].path].dtype
         raise CheckpointMismatch(f"{folder}: NaN or infinite as {dtype}: {', '.join(broken)}")
     for file in heads:
-        embedding, layout = arrays[tied[HEAD].path], tied[HEAD].layout
-        if not bool((_convert(file.read(HEAD), layout, embedding.dtype)[0] == embedding).all()):
+        if not filling.equals(file, HEAD, tied[HEAD]):
             raise CheckpointMismatch(
                 f"{file.path}: {HEAD} differs from {EMBEDDING}, but config.json says tie_word_embeddings true; "
                 "set it to false if the head was trained apart"
             )
-    return nnx.from_flat_state([(path, leaf.replace(arrays[path])) for path, leaf in variables.items()])
-
-
-def _store(
-    arrays: dict[tuple[Any, ...], Array], tensor: Array, place: Place, variables: Mapping[tuple[Any, ...], Any]
-) -> Array:
-    """Puts a tensor where it belongs, quantised if that is how `variables` hold it; is it finite there?"""
-    if place.layer is None:
-        arrays[place.path], finite = _convert(tensor, place.layout, variables[place.path].dtype)
-    elif place.path in arrays:
-        arrays[place.path], finite = _write(arrays[place.path], tensor, place.layer, place.layout)
-    else:
-        halves = [(*place.path, "codes"), (*place.path, "scales")]
-        stacks, finite = _write_quantized([arrays[half] for half in halves], tensor, place.layer, place.layout)
-        arrays.update(zip(halves, stacks, strict=True))
-    return finite
-
-
-@functools.partial(jax.jit, static_argnames=("layout", "dtype"))
-def _convert(tensor: Array, layout: Layout, dtype: Any) -> tuple[Array, Array]:
-    """A tensor of Hugging Face's as we hold it, and whether it is finite there."""
-    ours = layout.to_ours(tensor).astype(dtype)
-    return ours, jnp.isfinite(ours).all()
-
-
-@functools.partial(jax.jit, static_argnames="layout", donate_argnums=0)
-def _write(stack: Array, tensor: Array, layer: int, layout: Layout) -> tuple[Array, Array]:
-    """Puts a tensor of Hugging Face's into its layer's row, in place; also, is it finite there?"""
-    ours, finite = _convert(tensor, layout, stack.dtype)
-    return jax.lax.dynamic_update_index_in_dim(stack, ours, layer, 0), finite
-
-
-@functools.partial(jax.jit, static_argnames="layout", donate_argnums=0)
-def _write_quantized(stacks: list[Array], tensor: Array, layer: int, layout: Layout) -> tuple[list[Array], Array]:
-    """The same into the stacks of codes and scales."""
-    ours, finite = _convert(tensor, layout, jnp.float32)
-    rows = quantize_as(ours, *(jax.ShapeDtypeStruct(stack.shape[1:], stack.dtype) for stack in stacks))
-    updated = [
-        jax.lax.dynamic_update_index_in_dim(stack, row, layer, 0) for stack, row in zip(stacks, rows, strict=True)
-    ]
-    return updated, finite
+    return state

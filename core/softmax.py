@@ -14,9 +14,13 @@ import jax
 import jax.numpy as jnp
 
 from core.chunked import chunk_rows, chunked_sum, gathered
+from core.sharding import sum_over_batch_shards
 
 Table = tuple[jax.Array, jax.Array | None, jax.Array | None]
 """(table [N, D], bias [N] or None, live [N] or None): a segment without its hidden states."""
+
+_Positions = tuple[list[jax.Array], jax.Array, jax.Array]
+"""(hidden states [T, ·] of each segment, targets [T], weights [T])."""
 
 
 @jax.tree_util.register_dataclass
@@ -78,13 +82,17 @@ def cross_entropy(
     tables = [(segment.table_ND, segment.bias_N, segment.live_N) for segment in segments]
     xs = ([segment.h_TD for segment in segments], targets_T, weights_T.astype(jnp.float32))
     size = chunk_rows(sum(segment.table_ND.shape[0] for segment in segments), chunk_elements)
-    # Padding has weight 0: put together, it fills chunks of its own, which are skipped.
-    place_T = gathered(jnp.argsort(weights_T == 0, stable=True), size)
-    xs = jax.tree.map(lambda x: x.at[place_T].get(unique_indices=True, mode="promise_in_bounds"), xs)
-    return chunked_sum(_chunk_loss, tables, xs, chunk_size=size, empty=lambda x: ~jnp.any(x[2]))
+
+    def loss(tables: list[Table], xs: _Positions) -> jax.Array:
+        # Padding has weight 0: put together, it fills chunks of its own, which are skipped.
+        place_T = gathered(jnp.argsort(xs[2] == 0, stable=True), size)
+        xs = jax.tree.map(lambda x: x.at[place_T].get(unique_indices=True, mode="promise_in_bounds"), xs)
+        return chunked_sum(_chunk_loss, tables, xs, chunk_size=size, empty=lambda x: ~jnp.any(x[2]))
+
+    return sum_over_batch_shards(loss, tables, xs)
 
 
-def _chunk_loss(tables: list[Table], xs: tuple[list[jax.Array], jax.Array, jax.Array]) -> jax.Array:
+def _chunk_loss(tables: list[Table], xs: _Positions) -> jax.Array:
     """Σ weights·(−log p) of one chunk, segment by segment: concatenated logits would be copied once more."""
     hs, targets_T, weights_T = xs
     logits = [segment_logits(Segment(h_TD, *table)) for table, h_TD in zip(tables, hs, strict=True)]

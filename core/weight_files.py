@@ -58,8 +58,8 @@ class WeightFile(Protocol):
     path: Path
     headers: dict[str, Header]
 
-    def read(self, name: str) -> np.ndarray:
-        """The tensor, with the shape and dtype of its header."""
+    def read(self, name: str, rows: slice = slice(None)) -> np.ndarray:
+        """The tensor with the dtype of its header, or those `rows` (without a step) of its first axis."""
 
 
 def find_weight_files(folder: str | Path) -> list[Path]:
@@ -143,18 +143,20 @@ class SafetensorsFile:
         self.headers = {name: Header(tuple(entry["shape"]), entry["dtype"]) for name, entry in entries.items()}
         self._offsets = {name: 8 + length + entry["data_offsets"][0] for name, entry in entries.items()}
 
-    def read(self, name: str) -> np.ndarray:
-        shape, dtype = self.headers[name].shape, DTYPES[self.headers[name].dtype]
-        size = math.prod(shape) * dtype.itemsize
+    def read(self, name: str, rows: slice = slice(None)) -> np.ndarray:
+        (length, *row), dtype = self.headers[name].shape, DTYPES[self.headers[name].dtype]
+        first, end, _ = rows.indices(length)
+        row_bytes = math.prod(row) * dtype.itemsize
+        size = (end - first) * row_bytes
         # Aligned so that jax on a CPU can use the memory as it is, without a copy.
         buffer = np.empty(size + _ALIGNMENT, np.uint8)
         start = -buffer.ctypes.data % _ALIGNMENT
         data = buffer[start : start + size]
         with self.path.open("rb") as stream:
-            stream.seek(self._offsets[name])
+            stream.seek(self._offsets[name] + first * row_bytes)
             if stream.readinto(data.data) != size:
                 raise CheckpointCorrupt(f"{self.path}: became shorter while it was read")
-        return data.view(dtype).reshape(shape)
+        return data.view(dtype).reshape(end - first, *row)
 
 
 class TorchFile:
@@ -176,8 +178,8 @@ class TorchFile:
             for name, tensor in loaded.items()
         }
 
-    def read(self, name: str) -> np.ndarray:
-        tensor, dtype = self._tensors[name], self.headers[name].dtype
+    def read(self, name: str, rows: slice = slice(None)) -> np.ndarray:
+        tensor, dtype = self._tensors[name][rows], self.headers[name].dtype
         if dtype == "BF16":  # NumPy knows no bfloat16 of torch's: hand over the bits
             import torch
 
@@ -198,7 +200,6 @@ class SplitFile:
         self.path, self._file = file.path, file
         self.headers: dict[str, Header] = {}
         self._cuts: dict[str, tuple[str, int, int]] = {}
-        self._held: tuple[str, np.ndarray] | None = None
         for name, header in file.headers.items():
             rows = parts.get(name, {})
             if len(rows) < 2 or header.shape[:1] != (sum(rows.values()),):
@@ -210,16 +211,12 @@ class SplitFile:
                 self._cuts[part] = (name, start, start + size)
                 start += size
 
-    def read(self, name: str) -> np.ndarray:
+    def read(self, name: str, rows: slice = slice(None)) -> np.ndarray:
         if name not in self._cuts:
-            return self._file.read(name)
+            return self._file.read(name, rows)
         whole, start, end = self._cuts[name]
-        held, self._held = self._held, None
-        if held is None or held[0] != whole:
-            held = (whole, self._file.read(whole))
-        # In their order, parts take one reading of their tensor, which is let go with the last.
-        self._held = held if end < len(held[1]) else None
-        return held[1][start:end]
+        first, last, _ = rows.indices(end - start)
+        return self._file.read(whole, slice(start + first, start + last))
 
 
 def _import_torch(path: Path) -> Any:

@@ -15,8 +15,11 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 from flax import nnx
+from jax.sharding import Mesh, SingleDeviceSharding
 from orbax.checkpoint import checkpoint_managers as policies
+from orbax.checkpoint.options import MultiprocessingOptions
 
+from core import sharding
 from efficientids.errors import UserError
 
 # The validation metric that decides which checkpoint is best.
@@ -30,7 +33,8 @@ def _validation(metrics: dict[str, Any] | None) -> float:
     return float((metrics or {}).get(BEST_METRIC, float("-inf")))
 
 
-def _manager(folder: Path, read_only: bool) -> ocp.CheckpointManager:
+def _manager(folder: Path, read_only: bool, alone: bool = False) -> ocp.CheckpointManager:
+    """A manager; of several processes all must make and use it together, but for one that this process uses `alone`."""
     # Orbax narrates every save at INFO, and warns that a read-only manager is read-only.
     logging.getLogger("absl").setLevel(logging.ERROR if read_only else logging.WARNING)
     # `max_to_keep=3` with `best_fn` would keep the three best and delete the latest: hence the policies.
@@ -41,8 +45,9 @@ def _manager(folder: Path, read_only: bool) -> ocp.CheckpointManager:
         ]
     )
     options = ocp.CheckpointManagerOptions(
-        best_fn=_validation, preservation_policy=keep, read_only=read_only, create=not read_only
-    )
+        best_fn=_validation, preservation_policy=keep, read_only=read_only, create=not read_only,
+        multiprocessing_options=_alone() if alone and jax.process_count() > 1 else MultiprocessingOptions(),
+    )  # fmt: skip
     handlers = {
         "params": ocp.StandardCheckpointHandler(),
         "optimizer": ocp.PyTreeCheckpointHandler(),
@@ -51,8 +56,17 @@ def _manager(folder: Path, read_only: bool) -> ocp.CheckpointManager:
     return ocp.CheckpointManager(folder.resolve(), options=options, item_handlers=handlers)
 
 
+def _alone() -> MultiprocessingOptions:
+    here = jax.process_index()
+    return MultiprocessingOptions(here, {here}, barrier_sync_key_prefix=f"process-{here}")
+
+
 class Writer:
-    """Saves checkpoints of one run; `close` waits until the last is on disk."""
+    """Saves checkpoints of one run; `close` waits until the last is on disk.
+
+    Where a job has several processes, all of them call `save` and `close`: each writes its parts of the arrays, into a
+    folder that all must see.
+    """
 
     def __init__(self, folder: Path) -> None:
         self._manager = _manager(folder, read_only=False)
@@ -99,27 +113,33 @@ def steps(folder: Path) -> tuple[list[int], int | None]:
     """
     if not folder.is_dir():
         return [], None
-    with _reading(folder) as manager:
+    with _reading(folder, alone=True) as manager:
         found = sorted(step for step in manager.all_steps() if (folder / str(step) / "params").is_dir())
         best = manager.best_step()
         return found, best if best in found else None
 
 
-def restore(folder: Path, step: int, target: nnx.State) -> nnx.State:
-    """Reads the parameters and buffers of `step`.
+def restore(folder: Path, step: int, target: nnx.State, mesh: Mesh | None = None) -> nnx.State:
+    """Reads the parameters and buffers of `step`, each device its part.
 
     Args:
         folder: R/checkpoints.
         step: which.
         target: abstract state (`jax.ShapeDtypeStruct` leaves) of what was saved.
+        mesh: where they are to lie, whatever mesh wrote them; None: one device.
 
     Raises:
         UserError: the checkpoint is of another model (the first differing names and shapes are listed), or damaged.
     """
     where = folder / str(step)
+    if mesh is None:
+        here = SingleDeviceSharding(jax.local_devices()[0])
+        laid = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here), target)
+    else:
+        laid = sharding.place(target, mesh)
     try:
         with _reading(folder) as manager:
-            args = ocp.args.Composite(params=ocp.args.StandardRestore(nnx.to_pure_dict(target)))
+            args = ocp.args.Composite(params=ocp.args.StandardRestore(nnx.to_pure_dict(laid)))
             _check_same_model(where, manager, step, target)
             saved = manager.restore(step, args=args)["params"]
     except (KeyError, ValueError, OSError) as error:
@@ -131,8 +151,8 @@ def restore(folder: Path, step: int, target: nnx.State) -> nnx.State:
 
 
 @contextmanager
-def _reading(folder: Path) -> Iterator[ocp.CheckpointManager]:
-    manager = _manager(folder, read_only=True)
+def _reading(folder: Path, alone: bool = False) -> Iterator[ocp.CheckpointManager]:
+    manager = _manager(folder, read_only=True, alone=alone)
     try:
         yield manager
     finally:

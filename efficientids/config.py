@@ -19,6 +19,7 @@ from typing import Any, Literal
 
 import yaml
 
+from core.sharding import MeshShape
 from efficientids.errors import UserError
 from efficientids.flags import command_line
 from efficientids.options import READS, PlanOptions, TrainConfig
@@ -71,11 +72,12 @@ _EXCLUSIVE = (
     ("num_steps", "epochs"), ("batch_size", "batch_size_per_device"), ("clustering", "num_clusters"),
     ("random_weights", "weights"),
 )  # fmt: skip
+_LAUNCH = ("coordinator", "num_processes", "process_id")
 _POSITIVE = (
     "num_steps", "epochs", "batch_size", "batch_size_per_device", "gradient_accumulation", "learning_rate",
     "log_every", "eval_every", "max_seq_len", "init_std", "num_clusters", "item_dim", "item_rank", "title_tokens",
     "num_devices", "lora_rank", "lora_alpha", "llama_learning_rate", "length_buckets", "width", "num_layers",
-    "num_heads", "temperature", "neighbours", "pair_window", "recency",
+    "num_heads", "temperature", "neighbours", "pair_window", "recency", "num_processes",
 )  # fmt: skip
 _NOT_NEGATIVE = (
     "warmup_steps", "weight_decay", "grad_clip", "patience", "text_loss_weight", "seed",
@@ -89,6 +91,7 @@ def check(config: TrainConfig) -> None:
         if getattr(config, one) and getattr(config, other):
             raise UserError(f"--{one} and --{other} exclude each other; give one")
     _check_ranges(config)
+    _check_devices(config)
     if config.seq_len < 2:
         raise UserError(f"--seq_len {config.seq_len}: at least 2, one position to read and one to predict")
     contradictions = (
@@ -124,6 +127,19 @@ def _check_ranges(config: TrainConfig) -> None:
             value = getattr(config, name)
             if value is not None and not least <= value < below:
                 raise UserError(f"--{name} {value}: must be {rule}")
+
+
+def _check_devices(config: TrainConfig) -> None:
+    try:
+        if config.mesh != "auto":
+            MeshShape.parse(config.mesh)
+    except ValueError as error:
+        raise UserError(f"--{error}") from error
+    missing = [name for name in _LAUNCH if getattr(config, name) is None]
+    if missing and len(missing) < len(_LAUNCH):
+        raise UserError(f"--{missing[0]} is missing: {', '.join(f'--{name}' for name in _LAUNCH)} go together")
+    if not missing and not 0 <= (config.process_id or 0) < (config.num_processes or 0):
+        raise UserError(f"--process_id {config.process_id}: expected 0 … {(config.num_processes or 0) - 1}")
 
 
 def to_mapping(config: TrainConfig) -> dict[str, Any]:

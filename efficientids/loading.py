@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 from flax import nnx
+from jax.sharding import Mesh
 
 from core.functional import FunctionalModel
 from core.layers import Init
@@ -77,8 +78,15 @@ def load_run(path: str | Path, step: int | None = None) -> tuple[FunctionalModel
     return FunctionalModel(loaded.graphdef), loaded.params, loaded.config
 
 
-def open_run(path: str | Path, step: int | None = None, like: TrainConfig | None = None) -> LoadedRun:
-    """As `load_run`, with the recommender. `like`: whose precision a Llama's parameters take; None: the run's own."""
+def open_run(
+    path: str | Path, step: int | None = None, like: TrainConfig | None = None, mesh: Mesh | None = None
+) -> LoadedRun:
+    """As `load_run`, with the recommender.
+
+    Args:
+        like: whose precision a Llama's parameters take; None: the run's own.
+        mesh: where the parameters are to lie, whatever they lay on when they were saved; None: one device.
+    """
     quiet_devices()
     run, named = locate(str(path))
     step = run.choose_step(named if step is None else step)
@@ -97,11 +105,11 @@ def open_run(path: str | Path, step: int | None = None, like: TrainConfig | None
         raise _damaged(run, error) from error
     graphdef, state = abstract(recommender)
     if frozen is None:
-        params = checkpoints.restore(run.checkpoints, step, state)
+        params = checkpoints.restore(run.checkpoints, step, state, mesh)
     else:
         own = nnx.filter_state(state, nnx.Not(in_base))
-        llama = _frozen(frozen, llama_init(like or config))
-        params = nnx.merge_state(checkpoints.restore(run.checkpoints, step, own), llama)
+        llama = _frozen(frozen, llama_init(like or config), mesh)
+        params = nnx.merge_state(checkpoints.restore(run.checkpoints, step, own, mesh), llama)
     return LoadedRun(run, step, config, recommender, graphdef, params, described)
 
 
@@ -124,7 +132,7 @@ def _damaged(run: RunFolder, error: Exception) -> UserError:
     return UserError(f"{run.path / 'model.json'}: damaged, or written by another version ({error!r})")
 
 
-def _frozen(recorded: dict[str, str], init: Init) -> nnx.State:
+def _frozen(recorded: dict[str, str], init: Init, mesh: Mesh | None) -> nnx.State:
     """The frozen Llama's parameters from its weight file, whose checksum must be the recorded one."""
     path = Path(recorded["path"])
     if not path.is_dir():
@@ -135,7 +143,7 @@ def _frozen(recorded: dict[str, str], init: Init) -> nnx.State:
         raise UserError(f"the run's frozen Llama came from {path}: {error}; put its weight files back there") from error
     if found != recorded["sha256"]:
         raise UserError(f"the weight files in {path} changed since the run was trained; put the original ones back")
-    return nnx.State({"llama": load_llama(path, init)})
+    return nnx.State({"llama": load_llama(path, init, mesh)})
 
 
 def check_same_items(loaded: LoadedRun, dataset: Dataset) -> None:

@@ -27,10 +27,13 @@ _NOT_METRICS = ("time", "step", "epoch")
 
 
 class RunLog:
-    """Collects the metrics of steps, and reports their means every `every` steps."""
+    """Collects the metrics of steps, and reports their means every `every` steps.
 
-    def __init__(self, file: Path, every: int, stream: TextIO | None = None) -> None:
-        self._file, self._every = file, every
+    Of the processes of a job one `speaks`; the logs of the others keep silent and write nothing.
+    """
+
+    def __init__(self, file: Path, every: int, stream: TextIO | None = None, *, speaks: bool = True) -> None:
+        self._file, self._every, self._speaks = file, every, speaks
         self._stream = stream or sys.stdout
         self._live = self._stream.isatty()
         self._sums: dict[str, float] = {}
@@ -40,6 +43,8 @@ class RunLog:
 
     def say(self, text: str) -> None:
         """Prints lines of their own. Control characters (of a title, say) are shown as spaces."""
+        if not self._speaks:
+            return
         text = printable(text)
         # A live progress line is overwritten in place, so what follows it must clear it first.
         pad = " " * max(0, self._left_over - len(text.partition("\n")[0]))
@@ -117,6 +122,8 @@ class RunLog:
 
     def record(self, row: dict[str, Any]) -> None:
         """Appends a row to `metrics.jsonl`; its numbers go to those who follow the run, as `EVENT/name`."""
+        if not self._speaks:
+            return
         with self._file.open("a") as file:
             file.write(json.dumps({"time": round(time.time(), 3), **row}) + "\n")
         if self._trackers is None or "step" not in row:
@@ -127,7 +134,7 @@ class RunLog:
             self._trackers.log(row["step"], metrics)
 
     def _show(self, line: str) -> None:
-        if not self._live:
+        if not (self._live and self._speaks):
             self.say(line)
             return
         # A line that wraps cannot be overwritten.

@@ -32,6 +32,13 @@ class RunOptions:
     """Steps between validations, each followed by a checkpoint. Default: once an epoch, at least every 1,000 steps."""
     patience: int = 0
     """Stop after this many validations without a better NDCG@10; 0: never."""
+    coordinator: str | None = None
+    """HOST:PORT of process 0, where a job runs as several processes; with --num_processes and --process_id. Under Slurm
+    (srun with several tasks) all three are found by themselves."""
+    num_processes: int | None = None
+    """How many processes the job has."""
+    process_id: int | None = None
+    """Which of them this is, from 0 on. Each is given the same other flags and sees the same --checkpoint_dir."""
     trackers: str | None = None
     """Experiment trackers to tell, comma-separated: wandb, mlflow, or names that installed plugins offer."""
 
@@ -103,7 +110,10 @@ class TrainingOptions:
     """Users with full-length histories in flight at a time, on all devices together; of shorter ones there are more.
     Default: 32 below a width of 1,024, else 8."""
     batch_size_per_device: int | None = None
-    """The same, counted on one device. Exclusive with --batch_size."""
+    """The same, counted on one device (of a tensor group: together). Exclusive with --batch_size."""
+    mesh: str = "auto"
+    """Devices along data, fsdp and tensor, as in data=2,fsdp=4 (see core/sharding.py). auto: all GPUs, data parallel
+    where the model fits on one, else fsdp; on a CPU one device."""
     length_buckets: int = 4
     """Shapes of batches: each has half the width and twice the rows of the one before. 1: all rows at full width."""
     pack_sequences: bool = False

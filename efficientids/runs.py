@@ -27,7 +27,7 @@ from typing import Any
 import jax
 import yaml
 
-from efficientids import checkpoints
+from efficientids import checkpoints, processes
 from efficientids.errors import UserError
 
 _VERSIONS = (
@@ -85,6 +85,8 @@ class RunFolder:
         try:
             yield
         except BaseException:
+            if not processes.is_first():
+                raise
             for entry in self.path.iterdir():
                 shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
             with suppress(OSError):  # a link, or where the process stands

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,10 +10,12 @@ from typing import Any
 
 import jax
 from flax import nnx
+from jax.sharding import Mesh
 
+from core import sharding
 from core.platform import start_devices
 from core.weight_files import weights_checksum
-from efficientids import loading, systems
+from efficientids import loading, processes, systems
 from efficientids.config import parse, to_mapping
 from efficientids.data.dataset import Dataset
 from efficientids.data.generated import generate
@@ -25,6 +28,7 @@ from efficientids.options import TrainConfig
 from efficientids.pages.run_report import ReportPage
 from efficientids.pages.samples import make_samples, write_samples
 from efficientids.planning.measure import scale_of
+from efficientids.planning.mesh import mesh_of_run, resolve_mesh
 from efficientids.planning.plan import plan
 from efficientids.planning.start import log_peak, predicted_peak
 from efficientids.preflight.gpu import check_gpu
@@ -46,6 +50,9 @@ def main(arguments: Sequence[str]) -> int:
         jax.config.update("jax_platforms", "cpu")
     else:
         check_gpu()
+        processes.join(config.coordinator, config.num_processes, config.process_id)
+    # How a run was launched is in its environment.json, and no part of what it is.
+    config = dataclasses.replace(config, coordinator=None, num_processes=None, process_id=None)
     start_devices()
     system = systems.get(config.recommender)
     refuse_unread(config)
@@ -53,25 +60,30 @@ def main(arguments: Sequence[str]) -> int:
     if config.estimate_memory_only:
         return plan(config, system, scale_of(config))
     path = config.checkpoint_dir or Path("runs") / f"{config.recommender}-{time.strftime('%Y%m%d-%H%M%S')}"
-    run = RunFolder.create(path)
+    run = RunFolder(Path(processes.by_first(lambda: str(RunFolder.create(path).path))))
     with run.starting():
         dataset = _dataset(config, run.path)
         scale = Scale.of(dataset)
-        asked, config = config, system.resolve(config, scale)
+        asked, why = resolve_mesh(config, system, scale)
+        config = system.resolve(asked, scale)
+        mesh = mesh_of_run(config)
         mode = system.mode(asked, config)
-        log = RunLog(run.metrics, config.log_every)
-        log.say(_announce(config, system, dataset, mode))
+        log = RunLog(run.metrics, config.log_every, speaks=processes.is_first())
+        log.say(_announce(config, system, dataset, mode, why))
         predicted = predicted_peak(asked, system, scale)
-        recommender, model, frozen_weights = _start(config, system, dataset, run, log)
-        run.write(to_mapping(config), describe(recommender, config, dataset, frozen_weights, run.path), mode)
+        recommender, model, frozen_weights = _start(config, system, dataset, run, log, mesh)
+        if mesh is not None:
+            log.say(_left_whole(model, mesh))
+        if processes.is_first():
+            run.write(to_mapping(config), describe(recommender, config, dataset, frozen_weights, run.path), mode)
     followers: dict[str, Tracker] = {"TensorBoard": TensorBoard(), "report.html": ReportPage(), **trackers}
-    with log.followed_by(followers, run.path, to_mapping(config)):
+    with log.followed_by(followers if processes.is_first() else {}, run.path, to_mapping(config)):
         began = time.perf_counter()
-        train(recommender, model, _options(config, frozen_weights), run, log, _validator(recommender, dataset))
+        train(recommender, model, _options(config, frozen_weights, mesh), run, log, _validator(recommender, dataset))
         log_peak(predicted, log)
         log.say(f"trained in {duration(time.perf_counter() - began)}; run folder {run.path}")
         del model
-        _report(run, dataset, log)
+        _report(run, dataset, log, mesh)
     return 0
 
 
@@ -79,10 +91,10 @@ def _dataset(config: TrainConfig, run: Path) -> Dataset:
     """The data set asked for, or the generated one, written into the run folder."""
     if config.data_dir is not None:
         return Dataset.open(config.data_dir)
-    return generate().write(run / "data")
+    return Dataset.open(Path(processes.by_first(lambda: str(generate().write(run / "data").path))))
 
 
-def _announce(config: TrainConfig, system: System, dataset: Dataset, mode: str | None) -> str:
+def _announce(config: TrainConfig, system: System, dataset: Dataset, mode: str | None, why: str) -> str:
     lines = [] if mode is None else [mode]
     lines += [
         f"{config.recommender}: {system.headline(config)}",
@@ -95,17 +107,28 @@ def _announce(config: TrainConfig, system: System, dataset: Dataset, mode: str |
             f"{'packed rows' if config.pack_sequences else 'users'}, {config.length_buckets} length bucket(s), "
             f"learning rate {config.learning_rate:g}, seed {config.seed}"
         )
-    if jax.device_count() > 1:
-        lines.append(f"one of {jax.device_count()} devices is used")
+    if jax.device_count() > 1 and why:
+        kind, count = jax.devices()[0].device_kind, jax.process_count()
+        several = f" of {count} processes" if count > 1 else ""
+        lines.append(f"devices: {jax.device_count()} × {kind}{several}; mesh {config.mesh} ({why})")
     return "\n".join(lines)
 
 
+def _left_whole(model: nnx.Module, mesh: Mesh) -> str:
+    """What every device holds a copy of though the mesh divides parameters."""
+    found = sharding.left_whole(nnx.state(model, nnx.Param), mesh)
+    if not found:
+        return f"parameters: all matrices and tables are divided as the mesh says; {mesh.size} devices"
+    listed = ", ".join(f"{entry.path} ({entry.reason})" for entry in found[:3]) + (", …" if len(found) > 3 else "")
+    return f"parameters: {sum(entry.bytes for entry in found) / 2**20:.1f} MiB are whole on every device: {listed}"
+
+
 def _start(
-    config: TrainConfig, system: System, dataset: Dataset, run: RunFolder, log: RunLog
+    config: TrainConfig, system: System, dataset: Dataset, run: RunFolder, log: RunLog, mesh: Mesh | None
 ) -> tuple[Recommender, nnx.Module, dict[str, str] | None]:
     """The recommender, its model before step 0, and the file its frozen Llama is referenced by (None: none)."""
     if config.load_checkpoint is not None:
-        earlier = loading.open_run(config.load_checkpoint, like=config)
+        earlier = loading.open_run(config.load_checkpoint, like=config, mesh=mesh)
         loading.check_same_items(earlier, dataset)
         recommender = system.recommender(config, dataset, earlier)
         # With adapters added to it, the base is no longer what the file holds.
@@ -121,7 +144,7 @@ def _start(
     recommender = system.recommender(config, dataset, None)
     by_reference = folder is not None and base_is_frozen(config)
     check_room(recommender, _saved(by_reference), _eval_every(config), run.path)
-    model = system.start(recommender, config)
+    model = system.start(recommender, config, mesh)
     if folder is None or not by_reference:
         return recommender, model, None
     return recommender, model, {"path": str(folder.resolve()), "sha256": weights_checksum(folder)}
@@ -136,7 +159,7 @@ def _eval_every(config: TrainConfig) -> int:
     return config.eval_every or 1  # a baseline that only counts is validated once
 
 
-def _options(config: TrainConfig, frozen_weights: dict[str, str] | None) -> TrainerOptions:
+def _options(config: TrainConfig, frozen_weights: dict[str, str] | None, mesh: Mesh | None) -> TrainerOptions:
     return TrainerOptions(
         seed=config.seed,
         accumulation=config.gradient_accumulation,
@@ -145,6 +168,7 @@ def _options(config: TrainConfig, frozen_weights: dict[str, str] | None) -> Trai
         eval_every=_eval_every(config),
         patience=config.patience,
         saved=_saved(frozen_weights),
+        mesh=mesh,
     )
 
 
@@ -156,12 +180,15 @@ def _validator(recommender: Recommender, dataset: Dataset) -> Validate:
     return validate
 
 
-def _report(run: RunFolder, dataset: Dataset, log: RunLog) -> None:
+def _report(run: RunFolder, dataset: Dataset, log: RunLog, mesh: Mesh | None) -> None:
     """Restores the best checkpoint and says what it is worth: the test metrics, and recommendations by title."""
-    loaded = loading.open_run(run.path)
+    best_step = int(processes.by_first(lambda: str(run.choose_step())))
+    loaded = loading.open_run(run.path, best_step, mesh=mesh)
     log.say(f"best checkpoint: step {loaded.step}")
     result, more = evaluate_run(loaded, dataset, "test")
-    write_samples(run.path, make_samples(loaded.recommender, loaded.model, dataset, step=loaded.step))
+    samples = make_samples(loaded.recommender, loaded.model, dataset, step=loaded.step)
+    if processes.is_first():
+        write_samples(run.path, samples)
     log.record({"event": "test", "step": loaded.step, **result.metrics})
     log.say(as_text(result))
     if "best_possible" in more:

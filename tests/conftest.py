@@ -1,4 +1,4 @@
-"""Fixtures shared by all tests: where the real data and the golden values are."""
+"""Fixtures shared by all tests: where the real data and the golden values are, and devices for meshes."""
 
 from __future__ import annotations
 
@@ -6,7 +6,13 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
+import core  # isort: skip  # noqa: F401  # before jax: keeps its CUDA plugin quiet
+
+import jax
 import pytest
+
+# For the tests of meshes. What names no mesh runs on the first of them alone, as on any machine.
+jax.config.update("jax_num_cpu_devices", 8)
 
 ROOT = Path(__file__).resolve().parents[1]
 

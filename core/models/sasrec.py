@@ -23,6 +23,7 @@ from core import softmax
 from core.attention import causal_attention
 from core.layers import Dropout, Init, Linear
 from core.rope import rotate, turned_by
+from core.sharding import keep_rows, lookup
 
 _THETA = 10_000.0
 
@@ -115,7 +116,7 @@ class SASRec(nnx.Module):
         config = self.config
         keys = None if key is None else jax.random.split(key, config.num_layers + 1)
         # √D as in the original: item vectors start small, positions must not drown them.
-        x_BTD = self.items_ND[...][item_ids_BT] * config.width**0.5
+        x_BTD = lookup(self.items_ND[...], item_ids_BT) * config.width**0.5
         turn = None
         if self.positions_TD is not None:
             x_BTD = x_BTD + self.positions_TD[...][: item_ids_BT.shape[1]]
@@ -126,10 +127,10 @@ class SASRec(nnx.Module):
 
         def layer(x: Array, inputs: tuple[Block, Array | None]) -> tuple[Array, None]:
             block, layer_key = inputs
-            return block(x, Dropout(config.dropout, layer_key), turn), None
+            return block(keep_rows(x), Dropout(config.dropout, layer_key), turn), None
 
         x_BTD, _ = jax.lax.scan(layer, x_BTD, (self.layers, None if keys is None else keys[1:]))
-        return self.final_norm(x_BTD)
+        return keep_rows(self.final_norm(x_BTD))
 
     def loss(self, item_ids_BT: Array, lengths_B: Array, key: Array | None = None) -> tuple[Array, Array]:
         """(Σ −log p(next item), number of targets) over every item that has one before it."""

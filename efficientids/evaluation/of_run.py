@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from efficientids import processes
 from efficientids.data.dataset import Dataset
 from efficientids.data.process import Oracle, has_oracle
 from efficientids.evaluation.evaluate import Evaluation, Held, Progress, Seen, evaluate
@@ -57,5 +58,6 @@ def evaluate_run(
     if has_oracle(dataset):
         best = Oracle.open(dataset).best_hit_rate(split, 10)
         more["best_possible"] = {"hr@10": best.realised, "hr@10 expected": best.expected}
-    save_evaluation(loaded.run.path, loaded.step, split, evaluation, more)
+    if processes.is_first():
+        save_evaluation(loaded.run.path, loaded.step, split, evaluation, more)
     return evaluation, more

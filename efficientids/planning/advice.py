@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 from efficientids.options import READS, TrainConfig
 from efficientids.planning.candidates import Candidates, Need
+from efficientids.systems.base import mesh_shape
 
 Flags = dict[str, Any]
 
@@ -113,10 +114,17 @@ def _quantize(candidates: Candidates, config: TrainConfig, devices: int) -> Flag
     return {"quantize": "nf4"} if resolved.train != "full" and resolved.quantize != "nf4" else None
 
 
+def _fsdp(candidates: Candidates, config: TrainConfig, devices: int) -> Flags | None:
+    """The smallest part of the model for each device."""
+    now = mesh_shape(candidates.need(config, devices, False).config)
+    return {"mesh": f"fsdp={devices}"} if now.tensor == 1 and now.fsdp < devices else None
+
+
 CHANGES = (
     Change("the forward pass is computed twice", frozenset({"gradient_checkpointing"}), _remat),
     Change("the same step in smaller pieces, which keep less of the GPU busy", _BATCH_FLAGS, _accumulate),
     Change("adapters train in the Llama's place", frozenset({"train"}), _adapters),
+    Change("every device gathers the weights of each layer", frozenset({"mesh"}), _fsdp),
     Change("the frozen weights lose precision, and are dequantised in every pass", frozenset({"quantize"}), _quantize),
 )
 """The cheapest first."""

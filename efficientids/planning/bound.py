@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
+from core.sharding import MeshShape
 from efficientids.planning.devices import Device
 from efficientids.planning.traced import Cost
 
@@ -40,23 +41,44 @@ class Bound:
         }  # fmt: skip
 
 
-def bound(cost: Cost, state_bytes: int, gradient_bytes: int, positions: int, device: Device, devices: int) -> Bound:
-    """The bound of one step with its rows split over `devices`.
+def bound(
+    cost: Cost,
+    trained_bytes: int,
+    frozen_bytes: int,
+    state_bytes: int,
+    positions: int,
+    device: Device,
+    shape: MeshShape,
+) -> Bound:
+    """The bound of one step on a mesh.
 
     Args:
         cost: on all devices together.
-        state_bytes: trained parameters and optimiser state on each device: read and written once a step.
-        gradient_bytes: on each device; a ring passes 2 (n − 1) / n of them through every link.
+        trained_bytes: parameters that train, whole; their gradients have as many.
+        frozen_bytes: everything else that the step reads, whole.
+        state_bytes: trained parameters and optimiser state, whole: read and written once a step, each part once.
         positions: of the batch.
     """
     compute = cost.flops_16 / device.matmul_flops + cost.flops_32 / (device.matmul_flops / 2)
     # Weights are read by every device, activations by the one that has them: counted as if all were split.
-    moved = cost.scanned_bytes / devices + 2 * state_bytes
-    passed = 2 * gradient_bytes * (devices - 1) / devices
+    moved = cost.scanned_bytes / shape.size + 2 * state_bytes / (shape.fsdp * shape.tensor)
     return Bound(
-        compute=compute / devices,
+        compute=compute / shape.size,
         memory=moved / device.memory_bandwidth,
-        link=passed / device.link_bandwidth,
+        link=passed_bytes(trained_bytes, frozen_bytes, shape) / device.link_bandwidth,
         flops=cost.flops,
         positions=positions,
     )
+
+
+def passed_bytes(trained_bytes: int, frozen_bytes: int, shape: MeshShape) -> float:
+    """Bytes that each device must pass on in a step, in rings.
+
+    Over data gradients are summed (2 (n − 1) / n of them); over fsdp they are summed where each part stays, and weights
+    are gathered for the forward and the backward pass (each (n − 1) / n), trained ones rounded to 2 bytes. What tensor
+    sums in every layer is not counted: the bound stays one.
+    """
+    gathered = 2 * (frozen_bytes + trained_bytes / 2)
+    over_fsdp = (trained_bytes + gathered) / shape.tensor * (shape.fsdp - 1) / shape.fsdp
+    over_data = 2 * trained_bytes / (shape.tensor * shape.fsdp) * (shape.data - 1) / shape.data
+    return over_fsdp + over_data

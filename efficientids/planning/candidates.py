@@ -9,14 +9,16 @@ from typing import Any
 
 import jax
 
+from core.sharding import MeshShape, make_mesh
 from efficientids.errors import UserError
 from efficientids.options import READS, PlanOptions, TrainConfig
 from efficientids.planning import gpu, records, traced
 from efficientids.planning.bound import Bound, bound
 from efficientids.planning.devices import Device, Pool
 from efficientids.planning.gpu import CompiledMemory
-from efficientids.planning.memory import Estimate, abstract_program, account, bytes_of
-from efficientids.systems.base import Scale, System
+from efficientids.planning.memory import Estimate, abstract_program, account, bytes_of, kept_between_steps
+from efficientids.planning.mesh import choose_mesh
+from efficientids.systems.base import Scale, System, mesh_shape
 from efficientids.training.step import Program
 
 
@@ -72,6 +74,7 @@ class Need:
         return {
             "num_devices": self.devices,
             "batch_size": self.config.batch_size,
+            "mesh": str(mesh_shape(self.config)),
             "peak": self.peak,
             "fits": self.fits,
             "by": "estimate" if self.compiled is None else "compiler",
@@ -92,16 +95,26 @@ class Candidates:
             config = dataclasses.replace(config, precision="bfloat16")
         return self.system.resolve(config, self.scale)
 
-    def _traced(self, config: TrainConfig, devices: int) -> tuple[Program, int, jax.stages.Traced]:
-        """The program of a resolved configuration over shapes, the rows of its batch, and its traced step."""
-        program, phase = abstract_program(config, self.system, self.scale)
+    def _meshed(self, config: TrainConfig, devices: int, pool: Pool) -> TrainConfig:
+        """An unresolved configuration with its mesh settled, as a run on that many devices would settle it.
+
+        Raises:
+            UserError: a mesh of another number of devices.
+        """
+        shape = mesh_shape(config)
+        if config.mesh == "auto" and devices > 1:
+            parts = kept_between_steps(config, self.system, self.scale)
+            shape, _ = choose_mesh(devices, parts, pool.size, rows=config.batch_size)
+        if shape.size != devices:
+            raise UserError(f"--mesh {shape} has {shape.size} devices, and {devices} are planned for; leave it out")
+        return dataclasses.replace(config, mesh=str(shape))
+
+    def _traced(self, config: TrainConfig, shape: MeshShape) -> tuple[Program, int, jax.stages.Traced]:
+        """The program of a resolved configuration over shapes on a mesh, the rows of its batch, its traced step."""
+        places = jax.devices("cpu")[:1] if self.target.devices is None else self.target.devices(shape.size)
+        program, phase = abstract_program(config, self.system, self.scale, make_mesh(shape, places))
         rows = min(spec.shape[0] for spec in phase.batch_specs[0].values())
-        if rows % devices:
-            raise UserError(
-                f"a batch of {rows} rows does not split over {devices} devices; give a --batch_size that is a multiple"
-            )
-        places = jax.devices("cpu")[:1] if self.target.devices is None else self.target.devices(devices)
-        return program, rows, gpu.traced_step(program, phase, places)
+        return program, rows, gpu.traced_step(program, phase)
 
     def _need(self, config: TrainConfig, devices: int = 1, compiled: bool = True) -> Need:
         """What an unresolved configuration needs; from disk, where it was compiled before.
@@ -113,21 +126,25 @@ class Candidates:
         Raises:
             UserError: flags that training would refuse, too, or a batch that does not split over the devices.
         """
-        resolved, pool = self.resolve(config), self.target.pool(devices)
+        pool = self.target.pool(devices)
+        resolved = self.resolve(self._meshed(config, devices, pool))
         key = self._key(resolved, devices)
         known = None if key is None else _recalled(records.read(key))
         if known is not None:
             return Need(resolved, devices, *known[:3], pool, known[3])
-        program, rows, step = self._step(resolved, devices)
-        estimate = account(resolved, program, self.scale, traced.activations(step.jaxpr), devices)
+        # Arithmetic and activations are counted on one device: on a mesh the program says less plainly what is whose.
+        program, rows, step = self._step(resolved, MeshShape())
+        estimate = account(resolved, program, self.scale, traced.activations(step.jaxpr))
         limit = None
         if self.target.facts is not None:
             limit = bound(
-                traced.cost(step.jaxpr), bytes_of(program.state), bytes_of(program.state.params),
-                rows * resolved.seq_len, self.target.facts, devices,
+                traced.cost(step.jaxpr), bytes_of(program.state.params), bytes_of(program.frozen),
+                bytes_of(program.state), rows * resolved.seq_len, self.target.facts, mesh_shape(resolved),
             )  # fmt: skip
         found, cudnn = None, traced.fuses_attention(step.jaxpr)
         if compiled and key is not None and estimate.exact <= pool.size:
+            if devices > 1:
+                step = self._step(resolved, mesh_shape(resolved))[2]
             found = gpu.compiled_memory(step)
             records.write(key, {
                 "estimate": dataclasses.asdict(estimate),

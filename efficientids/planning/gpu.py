@@ -11,10 +11,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
-import numpy as np
 from jax.experimental import topologies
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding
 
+from core import sharding
 from core.platform import without_known_noise
 from efficientids.errors import UserError
 from efficientids.planning.devices import Device
@@ -63,17 +63,17 @@ def described(device: Device, count: int) -> Sequence[Any]:
     return topology.devices
 
 
-def traced_step(program: Program, phase: Phase, devices: Sequence[Any]) -> jax.stages.Traced:
-    """The step of an abstract program on `devices`: rows of the batch split over them, everything else on each."""
-    mesh = Mesh(np.array(devices), ("data",), axis_types=(AxisType.Auto,))
+def traced_step(program: Program, phase: Phase) -> jax.stages.Traced:
+    """The step of an abstract program on its mesh."""
+    mesh = program.mesh
+    assert mesh is not None
 
-    def placed(tree: Any, *spec: str) -> Any:
-        place = NamedSharding(mesh, PartitionSpec(*spec))
+    def placed(tree: Any, place: NamedSharding) -> Any:
         return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), tree)
 
-    key = jax.eval_shape(lambda: jax.random.key(0))
-    batch = placed(dict(phase.batch_specs[0]), "data")
-    return program.step.trace(placed(program.state), placed(program.frozen), batch, placed(key))
+    key = placed(jax.eval_shape(lambda: jax.random.key(0)), sharding.whole(mesh))
+    batch = placed(dict(phase.batch_specs[0]), sharding.rows(mesh))
+    return program.step.trace(program.state, program.frozen, batch, key)
 
 
 def compiled_memory(traced: jax.stages.Traced) -> CompiledMemory:

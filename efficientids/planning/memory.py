@@ -13,13 +13,15 @@ from typing import Any
 import jax
 import numpy as np
 from flax import nnx
+from jax.sharding import AbstractMesh, AxisType, Mesh
 
+from core import sharding
 from core.lora import is_adapter
 from core.quantized import QuantizedParam
 from efficientids.errors import UserError
 from efficientids.options import TrainConfig
 from efficientids.recommenders.base import Phase, in_llama
-from efficientids.systems.base import Scale, System, precision_of
+from efficientids.systems.base import Scale, System, mesh_shape, precision_of
 from efficientids.training.step import Program, build_program
 
 ACTIVATIONS = "activations, estimated"
@@ -54,13 +56,18 @@ class Estimate:
         return {**dataclasses.asdict(self), "total": self.total, "unit": "bytes"}
 
 
-def account(config: TrainConfig, program: Program, scale: Scale, activations: int, devices: int = 1) -> Estimate:
-    """What the step of a resolved configuration keeps in memory on each device.
+def account(config: TrainConfig, program: Program, scale: Scale, activations: int) -> Estimate:
+    """What the step of a resolved configuration keeps in memory on each device of its mesh.
+
+    `program` is of one device: where its arrays would lie on the mesh is looked up in the table (`core.sharding`).
 
     Args:
         activations: bytes that the program makes on all devices together, gradients among them (`planning.traced`).
     """
-    trained, frozen = nnx.merge_state(*program.state.params), program.frozen
+    shape = mesh_shape(config)
+    mesh = AbstractMesh(dataclasses.astuple(shape), sharding.AXES, axis_types=(AxisType.Auto,) * len(sharding.AXES))
+    state, frozen = sharding.place((program.state, program.frozen), mesh)
+    trained = nnx.merge_state(*state.params)
     lora, trained_llama, trained_items = nnx.split_state(trained, is_adapter, in_llama, ...)
     frozen_llama, frozen_rest = nnx.split_state(frozen, in_llama, ...)
     quantized = nnx.filter_state(frozen, QuantizedParam)
@@ -72,22 +79,30 @@ def account(config: TrainConfig, program: Program, scale: Scale, activations: in
         "items, adapters, heads": bytes_of(trained_items),
         "buffers": bytes_of(frozen_rest),
         "gradients": gradients,
-        "optimiser": bytes_of(program.state.opt_states),
-        ACTIVATIONS: max(0, activations - gradients) // devices,
+        "optimiser": bytes_of(state.opt_states),
+        ACTIVATIONS: max(0, activations - _whole_bytes(trained)) // shape.size,
     }
     count = _size((trained, nnx.filter_state(frozen, nnx.Param))) + _quantized_size(quantized)
     return Estimate(parts, count, _size(trained), scale.num_items, precision_of(config))
 
 
-def abstract_program(config: TrainConfig, system: System, scale: Scale) -> tuple[Program, Phase]:
-    """The training step of a resolved configuration over shapes alone: to count, to lower, to compile."""
+def abstract_program(
+    config: TrainConfig, system: System, scale: Scale, mesh: Mesh | None = None
+) -> tuple[Program, Phase]:
+    """The training step of a resolved configuration over shapes alone, to count, to lower, to compile; on `mesh`."""
     recommender = system.planned(config, scale)
     phases = recommender.plan()
     if not phases:
         raise UserError(f"--recommender {config.recommender} trains nothing: there is no memory to plan")
     model = nnx.eval_shape(recommender.init, jax.random.key(0))
-    program = build_program(model, phases[0], accumulation=config.gradient_accumulation, grad_clip=config.grad_clip)
-    return program, phases[0]
+    accumulation, clip = config.gradient_accumulation, config.grad_clip
+    return build_program(model, phases[0], accumulation=accumulation, grad_clip=clip, mesh=mesh), phases[0]
+
+
+def kept_between_steps(config: TrainConfig, system: System, scale: Scale) -> dict[str, int]:
+    """Bytes by part that one device keeps if it keeps everything, for an unresolved configuration; no activations."""
+    config = system.resolve(config, scale)
+    return account(config, abstract_program(config, system, scale)[0], scale, activations=0).parts
 
 
 def _size(tree: Any) -> int:
@@ -102,5 +117,15 @@ def _quantized_size(state: nnx.State) -> int:
 
 
 def bytes_of(tree: Any) -> int:
-    """Of all arrays of a tree, concrete or abstract."""
+    """Of all arrays of a tree, concrete or abstract; of those on a mesh, what each of its devices has."""
+    return sum(math.prod(_part(leaf)) * np.dtype(leaf.dtype).itemsize for leaf in jax.tree.leaves(tree))
+
+
+def _part(leaf: Any) -> tuple[int, ...]:
+    """The shape of a device's part."""
+    laid = getattr(leaf, "sharding", None)
+    return leaf.shape if laid is None else laid.shard_shape(leaf.shape)
+
+
+def _whole_bytes(tree: Any) -> int:
     return sum(math.prod(leaf.shape) * np.dtype(leaf.dtype).itemsize for leaf in jax.tree.leaves(tree))

@@ -40,7 +40,8 @@ def plan(config: TrainConfig, system: System, scale: Scale) -> int:
     found["seconds"] = round(time.perf_counter() - began, 1)
     if config.json:
         print(json.dumps(found, indent=2))
-    return 0 if found["fits"] or found.get("advice") else NOTHING_FITS
+    elsewhere = any(row["fits"] for row in found.get("devices", ()))
+    return 0 if found["fits"] or found.get("advice") or elsewhere else NOTHING_FITS
 
 
 def _target(config: TrainConfig, device: Device) -> Target:
@@ -107,7 +108,8 @@ class Planning:
         batch = asked.config.batch_size or 1
         self._say(text.devices_head(self._device))
         for count in DEVICE_COUNTS:
-            config = self._with_batch(-(-batch // count) * count)
+            # A mesh that was asked for is one of the devices asked for: the others choose their own.
+            config = dataclasses.replace(self._with_batch(-(-batch // count) * count), mesh="auto")
             need = asked if count == self._count else self._candidates.need(config, count)
             rows.append(need.to_json())
             self._say(text.device_row(need))

@@ -12,11 +12,14 @@ from efficientids.planning.candidates import Candidates, Target
 from efficientids.planning.devices import INSIDE_BYTES, Pool
 from efficientids.planning.measure import peak_bytes
 from efficientids.planning.text import gib
-from efficientids.systems.base import Scale, System
+from efficientids.systems.base import Scale, System, mesh_shape
 
 
 def predicted_peak(config: TrainConfig, system: System, scale: Scale) -> int | None:
-    """Bytes that the step of an unresolved configuration will hold on the GPU at hand, by XLA's account.
+    """Bytes that the step will hold on each GPU of the run, by XLA's account.
+
+    Args:
+        config: unresolved, but for its mesh.
 
     The step is compiled, and no array made. None on a CPU, where nothing is checked, and for what does not train.
 
@@ -27,7 +30,8 @@ def predicted_peak(config: TrainConfig, system: System, scale: Scale) -> int | N
     limit = (device.memory_stats() or {}).get("bytes_limit") if device.platform == "gpu" else None
     if limit is None or not system.planned(system.resolve(config, scale), scale).plan():
         return None
-    return _checked(config, Candidates(system, scale, _at_hand(device, limit)))
+    shape = mesh_shape(config)
+    return _checked(config, Candidates(system, scale, _at_hand(device, limit)), shape.size)
 
 
 def _at_hand(device: jax.Device, limit: int) -> Target:
@@ -35,16 +39,16 @@ def _at_hand(device: jax.Device, limit: int) -> Target:
     return Target(
         name=device.device_kind,
         pool=lambda _: Pool(limit, 1.0, INSIDE_BYTES),
-        devices=lambda _: [device],
+        devices=lambda count: jax.devices()[:count],
         facts=None,
     )
 
 
-def _checked(config: TrainConfig, candidates: Candidates) -> int:
-    need = candidates.need(config)
+def _checked(config: TrainConfig, candidates: Candidates, devices: int) -> int:
+    need = candidates.need(config, devices)
     if need.fits or config.force:
         return need.peak
-    found = advise(candidates, config, 1, lambda flags, tried: None)
+    found = advise(candidates, config, devices, lambda flags, tried: None)
     instead = "nothing that was tried fits; take a smaller --llama_size or a shorter --seq_len"
     if found is not None:
         instead = f"it fits with {' '.join(words(found.flags))} ({gib(found.need.peak)}; {found.cost})"

@@ -20,12 +20,14 @@ def gib(size: int) -> str:
 def parts(need: Need, headline: str, device: str) -> str:
     """What is planned, and its parts."""
     estimate, config = need.estimate, need.config
-    batch = f"{config.batch_size} × {config.seq_len} positions at a time"
+    batch, mesh = f"{config.batch_size} × {config.seq_len} positions at a time", ""
+    if need.devices > 1:
+        mesh = f" as {config.mesh}"
     if config.gradient_accumulation > 1:
         batch += f", {config.gradient_accumulation} times a step"
     lines = [
         f"{config.recommender}: {headline}",
-        f"{need.devices} × {device}, {batch}; {estimate.num_items:,} items; {estimate.parameters:,} parameters, "
+        f"{need.devices} × {device}{mesh}, {batch}; {estimate.num_items:,} items; {estimate.parameters:,} parameters, "
         f"{estimate.trained_parameters:,} of them trained",
         "",
         "on each device" if need.devices > 1 else "on the device",
@@ -102,7 +104,8 @@ def devices_head(device: Device) -> str:
 def device_row(need: Need) -> str:
     """A line of the table of device counts."""
     speed = "" if need.bound is None else f"not faster than {need.bound.seconds * 1e3:,.3g} ms a step"
-    return f"  {need.devices}  --batch_size {need.config.batch_size:<6}{_short(need):<36}{speed}".rstrip()
+    mesh = need.config.mesh if need.devices > 1 else ""
+    return f"  {need.devices}  {mesh:<16}--batch_size {need.config.batch_size:<6}{_short(need):<36}{speed}".rstrip()
 
 
 def _short(need: Need) -> str:

@@ -12,6 +12,7 @@ import jax
 import numpy as np
 from flax import nnx
 
+from core import sharding
 from efficientids.recommenders.base import Histories, Ranked
 
 
@@ -52,7 +53,8 @@ def ranked(
     max_items: int,
     num_items: int,
 ) -> Ranked:
-    """What `Recommender.recommend` returns, by a compiled program.
+    """What `Recommender.recommend` returns, by a compiled program. On a mesh each device ranks for a part of the rows;
+    where several processes share it, all must ask the same.
 
     Args:
         program: (graphdef, state, item_ids [B, H], lengths [B], exclude [B, X], k) → (scores [B, k], items [B, k]).
@@ -62,9 +64,14 @@ def ranked(
     """
     graphdef, state = nnx.split(model)
     asked = request(histories, exclude, k, max_items, num_items)
-    scores, items = program(graphdef, state, asked.item_ids, asked.lengths, asked.exclude, k=asked.k)
+    mesh = sharding.mesh_of(state)
+    arrays = (asked.item_ids, asked.lengths, asked.exclude)
+    if mesh is not None:
+        arrays = sharding.split_rows(arrays, mesh)
+    with sharding.on(mesh):
+        scores, items = program(graphdef, state, *arrays, k=asked.k)
     rows = len(histories.lengths)
-    return Ranked(np.asarray(items)[:rows, :k], np.asarray(scores)[:rows, :k])
+    return Ranked(sharding.to_host(items)[:rows, :k], sharding.to_host(scores)[:rows, :k])
 
 
 def newest(histories: Histories, items: int) -> tuple[np.ndarray, np.ndarray]:

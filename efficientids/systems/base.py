@@ -12,8 +12,11 @@ from typing import Any, NamedTuple, Protocol
 import jax
 import numpy as np
 from flax import nnx
+from jax.sharding import Mesh
 
+from core import sharding
 from core.packing import PackPlan, pack_histories
+from core.sharding import MeshShape
 from efficientids.data.batches import Bucket, Shard, length_buckets, steps_per_epoch, training_batches
 from efficientids.data.dataset import Dataset
 from efficientids.errors import UserError
@@ -70,8 +73,8 @@ class System(Protocol):
             UserError: the buffers (clusters, titles, …) would not be those that `earlier`'s parameters belong to.
         """
 
-    def start(self, recommender: Recommender, config: TrainConfig) -> nnx.Module:
-        """The model before its first step."""
+    def start(self, recommender: Recommender, config: TrainConfig, mesh: Mesh | None = None) -> nnx.Module:
+        """The model before its first step, made where it is to lie: nothing of it is whole on a device of `mesh`."""
 
     def weights(self, config: TrainConfig) -> Path | None:
         """The folder of the pretrained weights that the model starts from; None: it starts at random."""
@@ -115,11 +118,35 @@ class Scale:
         return Scale(dataset.catalogue_size, np.asarray(dataset.train_lengths), dataset)
 
 
+def mesh_shape(config: TrainConfig) -> MeshShape:
+    """The mesh of a configuration; one device where it is still `auto` (`planning.mesh` resolves it)."""
+    return MeshShape() if config.mesh == "auto" else MeshShape.parse(config.mesh)
+
+
 def resolve_batch(config: TrainConfig, scale: Scale, default: int) -> TrainConfig:
-    """The data set and the batch size. One device for now: a batch on one device is the batch."""
-    batch = config.batch_size or config.batch_size_per_device or default
+    """The data set and the batch size: on all devices together, the default raised to what divides among them.
+
+    Raises:
+        UserError: a batch size that does not divide.
+    """
+    shape = mesh_shape(config)
+    parts = shape.batch_shards
+    batch = config.batch_size or (config.batch_size_per_device or 0) * parts or -(-default // parts) * parts
+    if batch % parts:
+        raise UserError(
+            f"--batch_size {batch}: does not divide among the {parts} devices of --mesh {shape} that take rows (data × "
+            f"fsdp); give a multiple of {parts}, or --batch_size_per_device"
+        )
     path = None if scale.dataset is None else Path(scale.dataset.path)
     return dataclasses.replace(config, data_dir=path, batch_size=batch, batch_size_per_device=None)
+
+
+def check_tensor(config: TrainConfig, **sizes: int) -> None:
+    """Refuses a tensor axis that does not divide each of `sizes`, numbers of heads and the like by their names."""
+    tensor = mesh_shape(config).tensor
+    odd = [f"{size} {name.replace('_', ' ')}" for name, size in sizes.items() if size % tensor]
+    if odd:
+        raise UserError(f"--mesh {config.mesh}: tensor={tensor} does not divide {', '.join(odd)}; use fsdp instead")
 
 
 def resolve_training(config: TrainConfig, scale: Scale, buckets: Sequence[Bucket], *, max_warmup: int) -> TrainConfig:
@@ -156,13 +183,19 @@ def training(
     """
     assert config.num_steps is not None and config.learning_rate is not None and config.warmup_steps is not None
     buckets = buckets_of(config, max_items, packing)
+    part = Shard(*mesh_shape(config).part_of(jax.process_index(), jax.process_count()))
+
+    def packed(batch: Batch) -> Batch:
+        # Every process packs the whole batch and keeps its rows: packed apart, they would be other rows.
+        assert packing is not None
+        return {name: np.split(rows, part.count)[part.index] for name, rows in packing.pack(batch).items()}
 
     def batches(seed: int, start_step: int) -> Iterator[Batch]:
         if dataset is None:
             raise ValueError("a plan has shapes, no data")
         return training_batches(
             dataset, buckets, seed=seed, start_step=start_step, window_items=window_items,
-            shard=Shard(jax.process_index(), jax.process_count()), transform=None if packing is None else packing.pack,
+            shard=Shard() if packing else part, transform=packed if packing else None,
         )  # fmt: skip
 
     epoch = 1 if dataset is None else steps_per_epoch(dataset.train_lengths, buckets)
@@ -198,9 +231,14 @@ class Packing(NamedTuple):
         return {**spec, "segments": spec["item_ids"]}
 
 
-def start_at_random(recommender: Recommender, config: TrainConfig) -> nnx.Module:
-    """All parameters at their random start."""
-    return jax.jit(recommender.init)(jax.random.key(config.seed))
+def start_at_random(recommender: Recommender, config: TrainConfig, mesh: Mesh | None = None) -> nnx.Module:
+    """All parameters at their random start, the same on any mesh."""
+    key = jax.random.key(config.seed)
+    if mesh is None:
+        return jax.jit(recommender.init)(key)
+    graphdef, state = abstract(recommender)
+    laid = sharding.shardings(state, mesh)
+    return nnx.merge(graphdef, jax.jit(lambda: nnx.state(recommender.init(key)), out_shardings=laid)())
 
 
 def abstract(recommender: Recommender) -> tuple[nnx.GraphDef, nnx.State]:

@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 from flax import nnx
+from jax.sharding import Mesh
 
 from efficientids.data.dataset import Dataset
 from efficientids.errors import UserError
@@ -37,7 +38,7 @@ class CountedSystem:
         """None: there are no published weights."""
         return None
 
-    def start(self, recommender: Recommender, config: TrainConfig) -> nnx.Module:
+    def start(self, recommender: Recommender, config: TrainConfig, mesh: Mesh | None = None) -> nnx.Module:
         """The counted model."""
         return recommender.init(jax.random.key(0))
 

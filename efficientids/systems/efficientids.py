@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 from flax import nnx
+from jax.sharding import Mesh
 
 from core.chunked import CHUNK_ELEMENTS
 from core.clustering import default_num_clusters
@@ -65,6 +66,12 @@ class EfficientIDSSystem:
         """See `System.resolve`."""
         llama = llama_config(config)
         _check_lengths(config, llama)
+        base.check_tensor(
+            config,
+            heads=llama.num_heads,
+            key_value_heads=llama.num_kv_heads,
+            mlp_columns=llama.intermediate_size,
+        )
         random = starts_at_random(config)
         small = llama.hidden_size < REMAT_FROM_WIDTH
         from_scratch = random and config.load_checkpoint is None
@@ -134,18 +141,19 @@ class EfficientIDSSystem:
         """See `System.weights`."""
         return None if starts_at_random(config) else weights_folder(config)
 
-    def start(self, recommender: Recommender, config: TrainConfig) -> nnx.Module:
+    def start(self, recommender: Recommender, config: TrainConfig, mesh: Mesh | None = None) -> nnx.Module:
         """At random, or with the pretrained Llama in its place."""
         folder = self.weights(config)
         if folder is None:
-            return base.start_at_random(recommender, config)
+            return base.start_at_random(recommender, config, mesh)
         differing = base.differing_fields(LlamaConfig.from_hf(folder), recommender.spec.model.llama)
         if differing:
             listed = "\n  ".join(differing)
             raise UserError(
                 f"{folder / 'config.json'} is not the shape of --llama_size {config.llama_size}:\n  {listed}"
             )
-        return with_llama(recommender, jax.random.key(config.seed), load_llama(folder, llama_init(config)))
+        llama = load_llama(folder, llama_init(config), mesh)
+        return with_llama(recommender, jax.random.key(config.seed), llama, mesh)
 
     def planned(self, config: TrainConfig, scale: Scale) -> EfficientIDS:
         """Clusters, where there are any, are those of --clustering, or taken to be balanced.

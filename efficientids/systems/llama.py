@@ -9,7 +9,9 @@ from typing import Any, get_args
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import Mesh
 
+from core import sharding
 from core.config import LLAMA_SIZES, LlamaConfig
 from core.hf_names import num_parameters
 from core.layers import Init
@@ -186,18 +188,22 @@ def weights_folder(config: TrainConfig) -> Path:
         raise UserError(str(error)) from error
 
 
-def load_llama(folder: Path, init: Init) -> nnx.State:
-    """The parameters of the Llama in `folder`; what is wrong with its files is a UserError."""
+def load_llama(folder: Path, init: Init, mesh: Mesh | None = None) -> nnx.State:
+    """The parameters of the Llama in `folder`, on `mesh` or one device; what is wrong with its files is a UserError."""
     try:
-        _, params, _ = LlamaLoader(path=folder).load_model(param_dtype=init.param_dtype, quantize=init.quantize)
+        loader = LlamaLoader(path=folder)
+        _, params, _ = loader.load_model(param_dtype=init.param_dtype, quantize=init.quantize, mesh=mesh)
     except ValueError as error:
         raise UserError(str(error)) from error
     return params
 
 
-def with_llama(recommender: Recommender, key: jax.Array, llama_params: nnx.State) -> nnx.Module:
+def with_llama(
+    recommender: Recommender, key: jax.Array, llama_params: nnx.State, mesh: Mesh | None = None
+) -> nnx.Module:
     """A model at its random start whose Llama has the given parameters; the Llama is never in memory twice."""
-    graphdef, _ = nnx.split(nnx.eval_shape(recommender.init, key))
+    graphdef, state = nnx.split(nnx.eval_shape(recommender.init, key))
+    laid = None if mesh is None else sharding.shardings(nnx.filter_state(state, nnx.Not(in_base)), mesh)
     # Only what no weight file holds leaves this program, so XLA never makes a random Llama.
-    own = jax.jit(lambda k: nnx.state(recommender.init(k), nnx.Not(in_base)))(key)
+    own = jax.jit(lambda: nnx.state(recommender.init(key), nnx.Not(in_base)), out_shardings=laid)()
     return nnx.merge(graphdef, own, nnx.State({"llama": llama_params}))

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from flax import nnx
+from jax.sharding import Mesh
 
 from core.models.sasrec import SASRecConfig
 from efficientids.data.dataset import Dataset
@@ -32,6 +33,7 @@ class SASRecSystem:
             raise UserError(f"--width {config.width}: does not divide among --num_heads {config.num_heads}")
         if config.positions == "rotary" and config.width // config.num_heads % 2:
             raise UserError(f"--positions rotary: heads of {config.width // config.num_heads} are odd; raise --width")
+        base.check_tensor(config, heads=config.num_heads)
         config = dataclasses.replace(
             base.resolve_batch(config, scale, 32),
             dropout=0.5 if config.dropout is None else config.dropout,
@@ -59,9 +61,9 @@ class SASRecSystem:
         """None: there are no published weights."""
         return None
 
-    def start(self, recommender: Recommender, config: TrainConfig) -> nnx.Module:
+    def start(self, recommender: Recommender, config: TrainConfig, mesh: Mesh | None = None) -> nnx.Module:
         """At random."""
-        return base.start_at_random(recommender, config)
+        return base.start_at_random(recommender, config, mesh)
 
     def planned(self, config: TrainConfig, scale: Scale) -> SASRecRecommender:
         """See `System.planned`."""

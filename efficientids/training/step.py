@@ -1,4 +1,4 @@
-"""One optimiser step of one phase, as a compiled program.
+"""One optimiser step of one phase, as a compiled program, on one device or on a mesh of them.
 
 Legend: A micro-batches of the gradient accumulation, B rows of one micro-batch.
 """
@@ -12,7 +12,9 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
+from jax.sharding import Mesh
 
+from core import sharding
 from efficientids.recommenders.base import Batch, LossSum, Phase
 from efficientids.training import optimizer
 
@@ -32,12 +34,24 @@ class Program(NamedTuple):
         graphdef: merges with (*state.params, frozen) to the model.
         frozen: every other parameter and every buffer: an argument of the step, never an output.
         step: (state, frozen, batch, key) → (state, metrics); donates the state.
+        mesh: what the state and `frozen` lie on, as `core.sharding` lays them; batches come divided by rows. None: one
+            device.
     """
 
     graphdef: nnx.GraphDef[Any]
     state: TrainState
     frozen: nnx.State
     step: jax.stages.Wrapped
+    mesh: Mesh | None = None
+
+    def on_devices(self, batch: Batch) -> Batch:
+        """A batch of this process's rows (NumPy) as `step` takes it."""
+        return batch if self.mesh is None else sharding.rows_of_process(batch, self.mesh)
+
+    def key(self, seed: int, phase: int) -> jax.Array:
+        """The key of the randomness in a phase's steps."""
+        laid = None if self.mesh is None else sharding.whole(self.mesh)
+        return jax.jit(lambda: jax.random.fold_in(jax.random.key(seed), phase), out_shardings=laid)()
 
     def model(self, state: TrainState) -> nnx.Module:
         """The model with the parameters of `state`."""
@@ -45,7 +59,13 @@ class Program(NamedTuple):
 
 
 def build_program(
-    model: nnx.Module, phase: Phase, *, accumulation: int, grad_clip: float, donate: bool = True
+    model: nnx.Module,
+    phase: Phase,
+    *,
+    accumulation: int,
+    grad_clip: float,
+    donate: bool = True,
+    mesh: Mesh | None = None,
 ) -> Program:
     """Splits `model` into what `phase` trains and what it does not, and makes the step.
 
@@ -54,9 +74,10 @@ def build_program(
         accumulation: A; batches have A·B rows, of which B are in flight at a time.
         grad_clip: the gradient's largest global norm over all groups; 0 clips nothing.
         donate: let the step write over the state that it is given.
+        mesh: where it runs, of devices that are there or of a topology's; None: one device.
 
     Raises:
-        ValueError: a group that matches no parameter.
+        ValueError: a group that matches no parameter, or rows of a batch that do not divide among the mesh's devices.
     """
     # A buffer is never trained, whatever a filter says.
     filters = [nnx.All(nnx.Param, filter_) for filter_, _ in phase.groups]
@@ -66,18 +87,58 @@ def build_program(
         if not jax.tree.leaves(group):
             raise ValueError(f"phase {phase.name!r}: no parameter matches the group {filter_}")
     optimizers = [optimizer.build(config, phase.num_steps) for _, config in phase.groups]
-    abstract = any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(groups))
-    init = [(lambda g, tx=tx: jax.eval_shape(tx.init, g) if abstract else tx.init(g)) for tx in optimizers]
-    opt_states = tuple(make(group) for make, group in zip(init, groups, strict=True))
-    zero: Any = jax.ShapeDtypeStruct((), jnp.int32) if abstract else jnp.zeros((), jnp.int32)
-    step = _make_step(graphdef, phase, optimizers, accumulation, grad_clip)
+
+    def init(params: tuple[nnx.State, ...]) -> TrainState:
+        opt_states = tuple(tx.init(group) for tx, group in zip(optimizers, params, strict=True))
+        return TrainState(jnp.zeros((), jnp.int32), params, opt_states)
+
+    params, options = tuple(groups), dict[str, Any]()
+    if mesh is not None:
+        _check_rows(phase, mesh, accumulation)
+        params, frozen = sharding.place((params, frozen), mesh)
+    state = _started(init, params, mesh)
+    if mesh is not None:
+        laid, other = sharding.shardings((state, frozen), mesh), sharding.whole(mesh)
+        options = {"in_shardings": (*laid, sharding.rows(mesh), other), "out_shardings": (laid[0], other)}
+    step = _make_step(graphdef, phase, optimizers, accumulation, grad_clip, mesh)
     # What the step does not read (an LM head without text) is on the device all the same, so it is an argument.
-    compiled = jax.jit(step, donate_argnums=0 if donate else (), keep_unused=True)
-    return Program(graphdef, TrainState(zero, tuple(groups), opt_states), frozen, compiled)
+    compiled = jax.jit(step, donate_argnums=0 if donate else (), keep_unused=True, **options)
+    return Program(graphdef, state, frozen, compiled, mesh)
+
+
+def _started(
+    init: Callable[[tuple[nnx.State, ...]], TrainState], params: tuple[nnx.State, ...], mesh: Mesh | None
+) -> TrainState:
+    """The state before the first step: shapes for shapes, and on a mesh every moment where its parameter lies."""
+    shapes = jax.eval_shape(init, params)
+    if any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(params)):
+        return shapes if mesh is None else sharding.place(shapes, mesh)
+    if mesh is None:
+        return init(params)
+    # Compiled without its shardings named, this would come back whole on every device.
+    laid = sharding.shardings(shapes, mesh)
+    started = jax.jit(lambda p: init(p)._replace(params=()), out_shardings=laid._replace(params=()))(params)
+    return started._replace(params=params)
+
+
+def _check_rows(phase: Phase, mesh: Mesh, accumulation: int) -> None:
+    parts = accumulation * mesh.shape["data"] * mesh.shape["fsdp"]
+    for spec in phase.batch_specs:
+        for name, shape in spec.items():
+            if shape.shape[0] % parts:
+                raise ValueError(
+                    f"phase {phase.name!r}: {name} has {shape.shape[0]} rows, which do not divide among "
+                    f"{accumulation} micro-batches on data {mesh.shape['data']} × fsdp {mesh.shape['fsdp']} devices"
+                )
 
 
 def _make_step(
-    graphdef: Any, phase: Phase, optimizers: list[optax.GradientTransformation], accumulation: int, grad_clip: float
+    graphdef: Any,
+    phase: Phase,
+    optimizers: list[optax.GradientTransformation],
+    accumulation: int,
+    grad_clip: float,
+    mesh: Mesh | None,
 ) -> Callable[..., Any]:
     def sums(params: Any, frozen: nnx.State, batch: Batch, key: jax.Array, step: jax.Array) -> tuple[Any, LossSum]:
         loss = phase.loss(nnx.merge(graphdef, *params, frozen), batch, key, step)
@@ -87,7 +148,7 @@ def _make_step(
         if accumulation == 1:
             grads, loss = jax.grad(sums, has_aux=True)(params, frozen, batch, key, step)
             return grads, loss
-        micro = jax.tree.map(lambda x: x.reshape(accumulation, x.shape[0] // accumulation, *x.shape[1:]), batch)
+        micro = jax.tree.map(lambda x: _strided(x, accumulation), batch)
 
         def add(carry: Any, inputs: Any) -> tuple[Any, None]:
             index, rows = inputs
@@ -105,7 +166,8 @@ def _make_step(
     def train_step(
         state: TrainState, frozen: nnx.State, batch: Batch, key: jax.Array
     ) -> tuple[TrainState, dict[str, jax.Array]]:
-        grads, loss = gradient(state.params, frozen, batch, jax.random.fold_in(key, state.step), state.step)
+        with sharding.on(mesh):
+            grads, loss = gradient(state.params, frozen, batch, jax.random.fold_in(key, state.step), state.step)
         weight = jnp.maximum(loss.weight, 1e-9)
         grads = jax.tree.map(lambda g: g / weight.astype(g.dtype), grads)
         norm = optax.tree.norm(grads)
@@ -123,3 +185,11 @@ def _make_step(
         return TrainState(state.step + 1, tuple(params), tuple(opt_states)), metrics
 
     return train_step
+
+
+def _strided(x: jax.Array, parts: int) -> jax.Array:
+    """[A·B, ...] → [A, B, ...]: rows a, A + a, 2A + a, … go to part a.
+
+    Each device has a run of rows: a run of them to each part would put a micro-batch on a few devices and move rows.
+    """
+    return jnp.swapaxes(x.reshape(x.shape[0] // parts, parts, *x.shape[1:]), 0, 1)

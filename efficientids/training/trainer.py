@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 from flax import nnx
+from jax.sharding import Mesh
 
 from efficientids.checkpoints import BEST_METRIC, Writer, writer
 from efficientids.errors import UserError
@@ -33,6 +34,7 @@ class TrainerOptions:
         eval_every: steps between validations, each followed by a checkpoint; the last step always has both.
         patience: validations without a better NDCG@10 after which a phase ends; 0: never.
         saved: the NNX filter of the variables that checkpoints hold.
+        mesh: the devices; None: one.
     """
 
     seed: int
@@ -42,6 +44,7 @@ class TrainerOptions:
     eval_every: int
     patience: int
     saved: Any
+    mesh: Mesh | None = None
 
 
 def train(
@@ -53,6 +56,8 @@ def train(
     validate: Validate,
 ) -> None:
     """Trains `model` through all phases of `recommender.plan()`; the result is in the run's checkpoints.
+
+    Where a job has several processes, all of them call this, and metrics are the same on each.
 
     A plan without phases (a baseline that only counts) is validated and saved as step 0.
 
@@ -72,7 +77,9 @@ def train(
             log.say("validation: " + "  ".join(f"{name} {value:.4f}" for name, value in metrics.items()))
             checkpoints.save(0, nnx.state(model, options.saved), (), metrics, {"phase": "counted"})
         for phase in phases:
-            program = build_program(model, phase, accumulation=options.accumulation, grad_clip=options.grad_clip)
+            program = build_program(
+                model, phase, accumulation=options.accumulation, grad_clip=options.grad_clip, mesh=options.mesh
+            )
             loop = _Loop(phase, program, options, log, validate, checkpoints, done)
             model = loop.run()
             done += loop.steps_done
@@ -99,7 +106,7 @@ class _Loop:
     def run(self) -> nnx.Module:
         """Returns the model after the last step."""
         phase, options = self._phase, self._options
-        key = jax.random.fold_in(jax.random.key(options.seed), self._first)
+        key = self._program.key(options.seed, self._first)
         state, frozen = self._program.state, self._program.frozen
         # A later phase starts with an order of its own.
         batches = phase.batches(options.seed + self._first, 0)
@@ -109,7 +116,7 @@ class _Loop:
             asked = time.perf_counter()
             batch = {name: value for name, value in next(batches).items() if name in names}
             waited = time.perf_counter() - asked
-            state, metrics = self._program.step(state, frozen, batch, key)
+            state, metrics = self._program.step(state, frozen, self._program.on_devices(batch), key)
             if unread is not None:
                 self._read(*unread)
             began, ended = time.perf_counter(), began

@@ -186,19 +186,21 @@ def test_bin_and_old_buffers(tmp_path: Path, torch: Any) -> None:
     assert_same(one, LlamaLoader(path=tmp_path / "bin").load_model()[1])
 
 
-def test_parts_are_read_with_one_reading_of_their_tensor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_parts_are_rows_of_their_tensor_and_read_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tensors = random_tensors()
     config = LlamaConfig.from_hf(SMALL)
     inner = open_weight_file(write(tmp_path, tensors) / "model.safetensors")
     read, names = inner.read, []
-    monkeypatch.setattr(inner, "read", lambda name: names.append(name) or read(name))
+    monkeypatch.setattr(inner, "read", lambda name, rows=slice(None): names.append((name, rows)) or read(name, rows))
     file = SplitFile(inner, in_files(config))
     assert file.headers.keys() == places(config).keys()
     packed = tensors[W_PACK.format(0)]
     for part, rows in (("q", packed[:D]), ("k", packed[D : 2 * D]), ("v", packed[2 * D :]), ("k", packed[D : 2 * D])):
         np.testing.assert_array_equal(file.read(f"{W_PACK.format(0)}[{part}]"), rows)
     np.testing.assert_array_equal(file.read("model.norm.weight"), tensors["model.norm.weight"])
-    assert names == [W_PACK.format(0)] * 2 + ["model.norm.weight"]
+    np.testing.assert_array_equal(file.read(f"{W_PACK.format(0)}[k]", slice(2, 5)), packed[D + 2 : D + 5])
+    spans = [(rows.start, rows.stop) for name, rows in names if name == W_PACK.format(0)]
+    assert spans == [(0, D), (D, 2 * D), (2 * D, 3 * D), (D, 2 * D), (D + 2, D + 5)]
 
 
 def test_what_is_wrong_with_a_part_is_named(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ import pytest
 from flax import nnx
 from safetensors.numpy import load_file, save_file
 
-from core import llama_loader
+from core import filling, llama_loader
 from core.config import LLAMA_SIZES, TINY, ConfigError, LlamaConfig
 from core.hf_names import EMBEDDING, HEAD, TABLE, Layout, Row, places
 from core.layers import Init
@@ -323,7 +323,7 @@ def test_a_stack_is_written_in_place() -> None:
     layout = places(SMALL)[Q0].layout
     stack = jnp.zeros((2, *layout.our_shape))
     where = stack.unsafe_buffer_pointer()
-    stack, _ = llama_loader._write(stack, jnp.ones(layout.hf_shape), 1, layout)
+    stack, _ = filling._writer(None)(stack, jnp.ones(layout.hf_shape), 1, layout)
     assert stack.unsafe_buffer_pointer() == where
     assert float(stack[0].sum()) == 0 and float(stack[1].mean()) == 1
 

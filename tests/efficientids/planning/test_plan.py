@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from core.sharding import MeshShape
 from efficientids import __main__, systems
 from efficientids.errors import UserError
 from efficientids.options import TrainConfig
@@ -42,7 +43,7 @@ class Invented(Candidates):
             self.asked.append(resolved)
         memory = CompiledMemory(self._peak(resolved), 0, 0, 0)
         estimate = Estimate({"everything": 1, ACTIVATIONS: 2}, 3, 3, 50, "bfloat16")
-        limit = bound(Cost(flops_16=1e12), 1, 1, 8, DEVICES["rtx5090"], devices)
+        limit = bound(Cost(flops_16=1e12), 1, 1, 1, 8, DEVICES["rtx5090"], MeshShape(devices))
         return Need(resolved, devices, estimate, memory, limit, Pool(1000, 1.0, 0))
 
 
@@ -112,7 +113,7 @@ def test_quick_stops_after_the_verdict() -> None:
 def test_more_devices_split_the_rows() -> None:
     config = dataclasses.replace(TINY, num_devices=3, batch_size=6)
     real = Candidates(systems.get("efficientids"), SCALE, gpu_target(compiles=False))
-    with pytest.raises(UserError, match="7 rows does not split over 3 devices"):
+    with pytest.raises(UserError, match="--batch_size 7: does not divide among the 3 devices"):
         real.need(dataclasses.replace(config, batch_size=7), 3)
     found, _ = planned(lambda c: 100 + 10 * (c.batch_size or 0), config)
     assert found["largest_batch"]["value"] == 90 and [row["batch_size"] for row in found["devices"]] == [6, 6, 8, 8]
@@ -155,11 +156,11 @@ def test_without_the_plugin_the_compiler_cannot_be_asked(monkeypatch: pytest.Mon
 def test_a_start_that_cannot_fit_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     candidates = Invented(lambda c: 900 if c.gradient_checkpointing == "full" else 1100)
     with pytest.raises(UserError, match=r"it fits with --gradient_checkpointing=full .* --force starts all the same"):
-        start._checked(TINY, candidates)
-    assert start._checked(dataclasses.replace(TINY, force=True), candidates) == 1100
-    assert start._checked(dataclasses.replace(TINY, gradient_checkpointing="full"), candidates) == 900
+        start._checked(TINY, candidates, 1)
+    assert start._checked(dataclasses.replace(TINY, force=True), candidates, 1) == 1100
+    assert start._checked(dataclasses.replace(TINY, gradient_checkpointing="full"), candidates, 1) == 900
     with pytest.raises(UserError, match="nothing that was tried fits"):
-        start._checked(TINY, Invented(lambda c: 10**6))
+        start._checked(TINY, Invented(lambda c: 10**6), 1)
 
 
 def test_nothing_is_checked_on_a_cpu() -> None:

@@ -8,10 +8,11 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from core.sharding import MeshShape
 from efficientids import systems
 from efficientids.options import TrainConfig
 from efficientids.planning import traced
-from efficientids.planning.bound import bound
+from efficientids.planning.bound import bound, passed_bytes
 from efficientids.planning.candidates import Candidates, Need
 from efficientids.planning.devices import DEVICES
 from efficientids.systems.base import Scale
@@ -94,15 +95,24 @@ def test_arithmetic_of_a_step_against_the_formula(train: str, passes: int, remat
 
 
 def test_the_bound_takes_the_slowest_of_three() -> None:
-    device = DEVICES["rtx5090"]
+    device, alone = DEVICES["rtx5090"], MeshShape()
     cost = traced.Cost(flops_16=device.matmul_flops, flops_32=0, scanned_bytes=0)
-    one = bound(cost, 0, 0, 100, device, 1)
+    one = bound(cost, 0, 0, 0, 100, device, alone)
     assert one.seconds == one.compute == 1 and one.link == 0 and one.to_json()["positions_per_s"] == 100
-    four = bound(cost, 0, int(64e9), 100, device, 4)
+    four = bound(cost, int(64e9), 0, 0, 100, device, MeshShape(4))
     assert four.compute == 0.25 and four.link == pytest.approx(1.5) == four.seconds
-    slow = bound(traced.Cost(scanned_bytes=2 * device.memory_bandwidth), device.memory_bandwidth, 0, 100, device, 1)
+    slow = bound(
+        traced.Cost(scanned_bytes=2 * device.memory_bandwidth), 0, 0, device.memory_bandwidth, 100, device, alone
+    )
     assert slow.memory == slow.seconds == pytest.approx(4)
-    assert bound(traced.Cost(flops_32=device.matmul_flops), 0, 0, 1, device, 1).compute == pytest.approx(2)
+    assert bound(traced.Cost(flops_32=device.matmul_flops), 0, 0, 0, 1, device, alone).compute == pytest.approx(2)
+
+
+def test_what_devices_pass_on() -> None:
+    """8 bytes of gradients, 100 of frozen weights: over fsdp gathered twice, gradients summed where they stay."""
+    assert passed_bytes(8, 100, MeshShape(2)) == 2 * 8 / 2
+    assert passed_bytes(8, 100, MeshShape(fsdp=2)) == (2 * (100 + 4) + 8) / 2
+    assert passed_bytes(8, 100, MeshShape(data=2, fsdp=2)) == (2 * (100 + 4) + 8) / 2 + 2 * 4 / 2
 
 
 @pytest.mark.parametrize(
