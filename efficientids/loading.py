@@ -10,7 +10,6 @@ import jax
 from flax import nnx
 
 from core.functional import FunctionalModel
-from core.layers import Init
 from core.lora import is_adapter, merged
 from core.platform import quiet_devices
 from core.weight_files import CheckpointError, weights_checksum
@@ -79,6 +78,16 @@ def load_run(path: str | Path, step: int | None = None) -> tuple[FunctionalModel
 
 def open_run(path: str | Path, step: int | None = None, like: TrainConfig | None = None) -> LoadedRun:
     """As `load_run`, with the recommender. `like`: whose precision a Llama's parameters take; None: the run's own."""
+    loaded = open_saved(path, step, like)
+    folder = frozen_folder(loaded)
+    if folder is None:
+        return loaded
+    llama: nnx.State = nnx.State({"llama": load_llama(folder, llama_init(like or loaded.config))})
+    return dataclasses.replace(loaded, params=nnx.merge_state(loaded.params, llama))
+
+
+def open_saved(path: str | Path, step: int | None = None, like: TrainConfig | None = None) -> LoadedRun:
+    """As `open_run`, but `params` is what the checkpoint holds: a frozen Llama stays in its file (`frozen_folder`)."""
     quiet_devices()
     run, named = locate(str(path))
     step = run.choose_step(named if step is None else step)
@@ -96,12 +105,8 @@ def open_run(path: str | Path, step: int | None = None, like: TrainConfig | None
     except (KeyError, TypeError, ValueError) as error:
         raise _damaged(run, error) from error
     graphdef, state = abstract(recommender)
-    if frozen is None:
-        params = checkpoints.restore(run.checkpoints, step, state)
-    else:
-        own = nnx.filter_state(state, nnx.Not(in_base))
-        llama = _frozen(frozen, llama_init(like or config))
-        params = nnx.merge_state(checkpoints.restore(run.checkpoints, step, own), llama)
+    saved = state if frozen is None else nnx.filter_state(state, nnx.Not(in_base))
+    params = checkpoints.restore(run.checkpoints, step, saved)
     return LoadedRun(run, step, config, recommender, graphdef, params, described)
 
 
@@ -124,8 +129,15 @@ def _damaged(run: RunFolder, error: Exception) -> UserError:
     return UserError(f"{run.path / 'model.json'}: damaged, or written by another version ({error!r})")
 
 
-def _frozen(recorded: dict[str, str], init: Init) -> nnx.State:
-    """The frozen Llama's parameters from its weight file, whose checksum must be the recorded one."""
+def frozen_folder(loaded: LoadedRun) -> Path | None:
+    """The folder of the weight file that a run's frozen Llama came from; None where its checkpoints hold the Llama.
+
+    Raises:
+        UserError: it is gone, or its checksum is not the recorded one.
+    """
+    recorded = loaded.description["frozen_weights"]
+    if recorded is None:
+        return None
     path = Path(recorded["path"])
     if not path.is_dir():
         raise UserError(f"the run's frozen Llama came from {path}, which is gone; put its weight files back there")
@@ -135,7 +147,7 @@ def _frozen(recorded: dict[str, str], init: Init) -> nnx.State:
         raise UserError(f"the run's frozen Llama came from {path}: {error}; put its weight files back there") from error
     if found != recorded["sha256"]:
         raise UserError(f"the weight files in {path} changed since the run was trained; put the original ones back")
-    return nnx.State({"llama": load_llama(path, init)})
+    return path
 
 
 def check_same_items(loaded: LoadedRun, dataset: Dataset) -> None:
