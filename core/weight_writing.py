@@ -21,11 +21,21 @@ from core.weight_files import DTYPES, CheckpointCorrupt
 MAX_SHARD_BYTES = 5 * 10**9
 """Hugging Face's "5GB"."""
 
+# In the order of the library, which puts the last first: every tensor then begins at a multiple of its item size.
 _NAMES = {
-    **{dtype: name for name, dtype in DTYPES.items()},
     np.dtype(np.bool_): "BOOL",
-    **{np.dtype(f"uint{bits}"): f"U{bits}" for bits in (8, 16, 32, 64)},
-    **{np.dtype(f"int{bits}"): f"I{bits}" for bits in (8, 16, 32, 64)},
+    np.dtype(np.uint8): "U8",
+    np.dtype(np.int8): "I8",
+    np.dtype(np.int16): "I16",
+    np.dtype(np.uint16): "U16",
+    DTYPES["F16"]: "F16",
+    DTYPES["BF16"]: "BF16",
+    np.dtype(np.int32): "I32",
+    np.dtype(np.uint32): "U32",
+    DTYPES["F32"]: "F32",
+    DTYPES["F64"]: "F64",
+    np.dtype(np.int64): "I64",
+    np.dtype(np.uint64): "U64",
 }
 
 
@@ -125,8 +135,8 @@ def _shards(tensors: Mapping[str, Tensor], max_bytes: int) -> list[list[str]]:
 
 def _write_file(path: Path, tensors: Mapping[str, Tensor], one_more: Callable[[], None]) -> str:
     """One file; sha256 of its bytes. `one_more` is called after each tensor."""
-    # Widest dtype first, as the library does: every tensor then begins at a multiple of its item size.
-    order = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))
+    rank = {dtype: place for place, dtype in enumerate(_NAMES)}
+    order = sorted(tensors, key=lambda name: (-rank[tensors[name].dtype], name))
     digest = hashlib.sha256()
     with path.open("wb") as stream:
 
