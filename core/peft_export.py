@@ -80,7 +80,7 @@ def peft_merged(
     arrays, scale, left = dict(nnx.to_flat_state(params)), settings["lora_alpha"] / settings["r"], dict(tensors)
     sums: dict[tuple[Any, ...], np.ndarray] = {}
     for name, place in places(config).items():
-        if "[" in name or f"{_peft_key(name)}.lora_A.weight" not in left:
+        if not name.endswith(_WEIGHT) or f"{_peft_key(name)}.lora_A.weight" not in left:
             continue
         a_rI, b_Or = (left.pop(f"{_peft_key(name)}.{half}.weight", None) for half in ("lora_A", "lora_B"))
         if a_rI is None or b_Or is None:

@@ -58,7 +58,7 @@ def main(arguments: Sequence[str]) -> int:
     apart = "equal" if not check["tolerance"] else f"{check['error']:.1e} apart (at most {check['tolerance']:.0e})"
     size = sum((config.output / name).stat().st_size for name in facts["files"])
     print(
-        f"{config.format}: step {facts['step']} of {config.run}, {size / 1e6:,.1f} MB in {len(facts['files'])} weight "
+        f"{config.format}: step {facts['step']} of {config.run}, {size:,} bytes in {len(facts['files'])} weight "
         f"files, {check['compared']} read back {apart}, in {duration(seconds)}: {config.output}"
     )
     return 0
