@@ -10,6 +10,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from core.platform import start_devices
 from efficientids.errors import UserError
 from efficientids.exporting.export import Dtype, Format, Job, export
 from efficientids.flags import command_line
@@ -47,8 +48,9 @@ def main(arguments: Sequence[str]) -> int:
         raise UserError(
             f"--dtype {config.dtype} goes with --format hf; {config.format} holds every tensor as the run does"
         )
-    began = time.perf_counter()
     job = Job(config.run, config.step, config.format, config.output, config.dtype, _bytes(config.max_shard_size))
+    start_devices()
+    began = time.perf_counter()
     facts = export(job, progress("wrote", "tensors", sys.stderr), lambda text: print(text, file=sys.stderr, flush=True))
     seconds = time.perf_counter() - began
     if config.json:
