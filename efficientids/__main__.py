@@ -19,6 +19,7 @@ COMMANDS = {
     "evaluate": ("efficientids.evaluation.cli", "a run's ranking metrics on validation or test"),
     "compare": ("efficientids.evaluation.compare_cli", "runs on the same data: which is better, and is it chance"),
     "recommend": ("efficientids.serving.cli", "top-k items for users, as a Parquet file"),
+    "export": ("efficientids.exporting.cli", "a run as files for others: Hugging Face, PEFT, safetensors"),
     "report": ("efficientids.pages.run_report", "a run's report.html again, from what its folder holds"),
 }
 

@@ -11,7 +11,6 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from core.functional import FunctionalModel
-from core.layers import Init
 from core.lora import is_adapter, merged
 from core.platform import quiet_devices
 from core.weight_files import CheckpointError, weights_checksum
@@ -87,6 +86,18 @@ def open_run(
         like: whose precision a Llama's parameters take; None: the run's own.
         mesh: where the parameters are to lie, whatever they lay on when they were saved; None: one device.
     """
+    loaded = open_saved(path, step, like, mesh)
+    folder = frozen_folder(loaded)
+    if folder is None:
+        return loaded
+    llama: nnx.State = nnx.State({"llama": load_llama(folder, llama_init(like or loaded.config), mesh)})
+    return dataclasses.replace(loaded, params=nnx.merge_state(loaded.params, llama))
+
+
+def open_saved(
+    path: str | Path, step: int | None = None, like: TrainConfig | None = None, mesh: Mesh | None = None
+) -> LoadedRun:
+    """As `open_run`, but `params` is what the checkpoint holds: a frozen Llama stays in its file (`frozen_folder`)."""
     quiet_devices()
     run, named = locate(str(path))
     step = run.choose_step(named if step is None else step)
@@ -104,12 +115,8 @@ def open_run(
     except (KeyError, TypeError, ValueError) as error:
         raise _damaged(run, error) from error
     graphdef, state = abstract(recommender)
-    if frozen is None:
-        params = checkpoints.restore(run.checkpoints, step, state, mesh)
-    else:
-        own = nnx.filter_state(state, nnx.Not(in_base))
-        llama = _frozen(frozen, llama_init(like or config), mesh)
-        params = nnx.merge_state(checkpoints.restore(run.checkpoints, step, own, mesh), llama)
+    saved = state if frozen is None else nnx.filter_state(state, nnx.Not(in_base))
+    params = checkpoints.restore(run.checkpoints, step, saved, mesh)
     return LoadedRun(run, step, config, recommender, graphdef, params, described)
 
 
@@ -132,8 +139,15 @@ def _damaged(run: RunFolder, error: Exception) -> UserError:
     return UserError(f"{run.path / 'model.json'}: damaged, or written by another version ({error!r})")
 
 
-def _frozen(recorded: dict[str, str], init: Init, mesh: Mesh | None) -> nnx.State:
-    """The frozen Llama's parameters from its weight file, whose checksum must be the recorded one."""
+def frozen_folder(loaded: LoadedRun) -> Path | None:
+    """The folder of the weight file that a run's frozen Llama came from; None where its checkpoints hold the Llama.
+
+    Raises:
+        UserError: it is gone, or its checksum is not the recorded one.
+    """
+    recorded = loaded.description["frozen_weights"]
+    if recorded is None:
+        return None
     path = Path(recorded["path"])
     if not path.is_dir():
         raise UserError(f"the run's frozen Llama came from {path}, which is gone; put its weight files back there")
@@ -143,7 +157,7 @@ def _frozen(recorded: dict[str, str], init: Init, mesh: Mesh | None) -> nnx.Stat
         raise UserError(f"the run's frozen Llama came from {path}: {error}; put its weight files back there") from error
     if found != recorded["sha256"]:
         raise UserError(f"the weight files in {path} changed since the run was trained; put the original ones back")
-    return nnx.State({"llama": load_llama(path, init, mesh)})
+    return path
 
 
 def check_same_items(loaded: LoadedRun, dataset: Dataset) -> None:

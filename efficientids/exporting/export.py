@@ -1,0 +1,142 @@
+"""Writes an export in a hidden folder beside the place asked for, reads it back, and only then puts it there."""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+from core.hf_export import NotExportable
+from core.read_back import ReadBackError
+from core.weight_files import CheckpointError
+from core.weight_writing import check_written
+from efficientids.data.preparation.workplace import workplace
+from efficientids.errors import UserError
+from efficientids.exporting import tables
+from efficientids.exporting.llama import open_llama, read_merged, skeleton, write_adapter, write_merged
+from efficientids.exporting.readme import readme, table_of
+from efficientids.exporting.writer import Writer
+from efficientids.loading import LoadedRun, open_run
+
+Format = Literal["hf", "peft", "safetensors"]
+Dtype = Literal["float32", "bfloat16", "float16"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """What to export.
+
+    Attributes:
+        run: R, R/STEP or R/checkpoints/STEP.
+        step: None: the one `run` names, else the best.
+        format: see the command's help.
+        output: the folder to make.
+        dtype: of the whole checkpoint of `hf`; None: each tensor's own in the base.
+        max_shard_bytes: of one weight file.
+    """
+
+    run: Path
+    step: int | None
+    format: Format
+    output: Path
+    dtype: Dtype | None
+    max_shard_bytes: int
+
+
+class _Made(NamedTuple):
+    """What was written: `facts` for export.json; the variables by our own names as a table, and their files."""
+
+    facts: dict[str, Any]
+    table: str
+    files: list[str]
+
+
+def export(job: Job, progress: Callable[[int, int], None], say: Callable[[str], None]) -> dict[str, Any]:
+    """Does it; returns what `export.json` holds.
+
+    Args:
+        progress: told (tensors written, all) of a set of weight files.
+        say: told what is done next.
+
+    Raises:
+        UserError: what cannot be exported so, a folder that cannot be written, or an export that did not read back as
+            what it was written from. `output` is then as it was.
+    """
+    _refuse(job.output)
+    make = _as_tables if job.format == "safetensors" else _as_llama
+    try:
+        with workplace(job.output, "export") as place:
+            try:
+                writer = Writer(place.folder("whole"), job.max_shard_bytes, progress)
+                made = make(job, writer, say)
+                check_written(writer.folder, made.facts["files"])
+                writer.json("export.json", made.facts)
+                (writer.folder / "README.md").write_text(readme(*made), encoding="utf-8")
+                place.put(writer.folder, job.output.resolve())
+            except BaseException:  # an interruption, too, leaves nothing behind
+                shutil.rmtree(place.path, ignore_errors=True)
+                raise
+    except (ReadBackError, CheckpointError, NotExportable) as error:
+        raise UserError(f"{job.run}: {error}. Nothing was left at --output {job.output}") from error
+    except OSError as error:
+        raise UserError(f"--output {job.output} cannot be written ({error}); nothing was left there") from error
+    return made.facts
+
+
+def _refuse(output: Path) -> None:
+    if output.exists() and not output.is_dir():
+        raise UserError(f"--output {output} is a file; give a folder")
+    if output.is_dir() and any(output.iterdir()):
+        raise UserError(f"--output {output} is not empty; give a new folder")
+    if not output.resolve().parent.is_dir():
+        raise UserError(f"--output {output}: no folder {output.parent}")
+
+
+def _as_tables(job: Job, writer: Writer, say: Callable[[str], None]) -> _Made:
+    """All parameters and buffers, as the run holds them."""
+    loaded = open_run(job.run, job.step)
+    recommender, facts, model = loaded.recommender, _facts(job, loaded), loaded.model
+    expected = tables.probe(recommender, model)
+    found = tables.variables(model, with_llama=True)
+    say(f"writing {len(found)} tensors")
+    files = writer.tensors({name: variable.tensor for name, variable in found.items()}, "parameters")
+    table = table_of(found)
+    del loaded, model, found  # one model in memory is enough
+    say("reading them back")
+    tables.compare_ranked(
+        tables.probe(recommender, tables.read_model(writer.folder, list(files), recommender)), expected
+    )
+    check = {"compared": "recommendations", "error": 0.0, "tolerance": 0.0}
+    return _Made({**facts, "read_back": check, "files": files}, table, list(files))
+
+
+def _as_llama(job: Job, writer: Writer, say: Callable[[str], None]) -> _Made:
+    """The Llama for Hugging Face's programs, and the rest of the recommender beside it."""
+    loaded, llama = open_llama(job.run, job.step)
+    facts: dict[str, Any] = {**_facts(job, loaded), "adapters": llama.added is not None}
+    found = tables.variables(skeleton(loaded), with_llama=False)
+    say(f"the Llama: {'from ' + str(llama.folder) if llama.folder else 'from the checkpoint'}, writing")
+    if job.format == "peft":
+        written, facts["base_model"] = write_adapter(llama, job.run, writer)
+    else:
+        written, expected = write_merged(llama, job.dtype, writer)
+    beside = writer.tensors({name: variable.tensor for name, variable in found.items()}, "recommender")
+    table, config = table_of(found), llama.config
+    del loaded, llama, found  # one Llama in memory is enough
+    if job.format == "hf":
+        say("reading it back")
+        written = read_merged(writer.folder, config, written, expected)
+    check = {"compared": "logits", "error": written.error, "tolerance": written.tolerance}
+    return _Made({**facts, "read_back": check, "files": {**written.files, **beside}}, table, list(beside))
+
+
+def _facts(job: Job, loaded: LoadedRun) -> dict[str, Any]:
+    return {
+        "format": job.format,
+        "run": str(loaded.where.resolve()),
+        "step": loaded.step,
+        "recommender": loaded.config.recommender,
+        "dataset": loaded.description["dataset"],
+    }
