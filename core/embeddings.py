@@ -14,7 +14,7 @@ from flax import nnx
 from jax import Array
 
 from core.layers import Init, Linear
-from core.sharding import keep_rows, lookup
+from core.rows import keep_rows, lookup
 
 
 class ItemVectors(nnx.Module):

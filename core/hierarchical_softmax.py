@@ -18,7 +18,7 @@ import jax.numpy as jnp
 
 from core.chunked import chunk_rows, chunked_sum
 from core.clustering import Clusters
-from core.sharding import sum_over_batch_shards
+from core.rows import sum_over_batch_shards
 from core.softmax import Segment, cross_entropy, dot_f32, item_segment, joint_nll, segment_logits, top_k_of, weighted
 
 Method = Literal["blocks", "padded", "ragged"]

@@ -22,7 +22,7 @@ from core.attention import Choice, Kernel, Wish, cached_attention, causal_attent
 from core.config import LlamaConfig
 from core.layers import Dropout, Init, LlamaLinear, RMSNorm
 from core.rope import rotate, rotation
-from core.sharding import keep_rows, lookup
+from core.rows import keep_rows, lookup
 
 # What the backward pass may keep of a layer's forward pass: nothing, the matrix products, or all.
 REMAT_POLICIES: dict[str, Callable[..., bool] | None] = {

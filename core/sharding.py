@@ -1,14 +1,13 @@
 """Many devices: the mesh, and one table of which axis of a parameter lies on which axis of the mesh.
 
 Models name no mesh. A program is compiled with the shardings of its arguments (`shardings`), XLA derives the rest
-(arXiv 2105.04663), and two functions that do nothing on one device keep it on the right way: `keep_rows`, so that
-weights travel and not activations, and `sum_over_batch_shards`, so that a loss sorts and gathers its own rows alone.
+(arXiv 2105.04663), and the functions of `core.rows` keep it on the right way.
 
 The mesh has three axes. data: every device has all parameters and rows of its own. fsdp: rows of its own too, and a
 part of each parameter, gathered where it is used (ZeRO-3, arXiv 1910.02054). tensor: a part of each layer's heads and
 MLP, rows shared (arXiv 1909.08053).
 
-Legend: T rows of a loss, L layers of a stack, r rank of an adapter.
+Legend: L layers of a stack, r rank of an adapter; the letters of shapes are those of the models.
 """
 
 from __future__ import annotations
@@ -16,8 +15,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -136,23 +134,23 @@ def axes_of(path: Sequence[str]) -> tuple[Axis, ...] | None:
     """The mesh axis that each axis of a parameter is to lie on, without a stack's axis of layers; None: no rule.
 
     Args:
-        path: its names from the root; whatever stands before the last three has no say, so that an optimiser's moments
-            lie as their parameter does. A LoRA adapter lies as its base does, `a` [in…, r] and `b` [r, out…], and so do
-            the codes and scales of a quantised weight, which keep its axes.
+        path: its names from the root; whatever stands before the last few has no say, so that an optimiser's moments
+            lie as their parameter does. What belongs to a linear map lies as its weight: codes and scales of a
+            quantised one (`core.quantized`), an adapter's a [in…, r] and b [r, out…] (`core.lora`).
     """
     name, owner = path[-1], path[-2] if len(path) > 1 else ""
+    if owner in ("weight", "adapter") and len(path) > 2:
+        owner = path[-3]
     if name in _TABLES:
         return _TABLES[name]
-    if owner in ("adapter", "weight") and len(path) > 2:
-        owner = path[-3]
     if owner not in _LINEAR:
         return None
     inputs, outputs = _LINEAR[owner]
     # Of a bias only what tensor divides is worth dividing: the rest is small, and gathering it would cost a message.
     bias = tuple(axis if axis == "tensor" else None for axis in outputs)
-    weight = (*inputs, *outputs)
     return {
-        "weight": weight, "codes": weight, "scales": weight, "bias": bias, "a": (*inputs, None), "b": (None, *outputs),
+        "weight": (*inputs, *outputs), "codes": (*inputs, *outputs), "scales": (*inputs, *outputs), "bias": bias,
+        "a": (*inputs, None), "b": (None, *outputs),
     }.get(name)  # fmt: skip
 
 
@@ -271,78 +269,3 @@ def to_host(x: jax.Array) -> np.ndarray:
     if not (x.is_fully_addressable or x.is_fully_replicated):
         x = jax.jit(lambda x: x, out_shardings=whole(x.sharding.mesh))(x)  # type: ignore[attr-defined]
     return np.asarray(x)
-
-
-@contextmanager
-def on(mesh: Mesh | None) -> Iterator[None]:
-    """Inside, what is traced knows `mesh`: around the body of a compiled function. None: one device."""
-    if mesh is None:
-        yield
-    else:
-        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-            yield
-
-
-def _traced_axes(wanted: Sequence[str], length: int) -> tuple[str, ...] | None:
-    """Those of `wanted` that have several devices on the mesh being traced for; None: no mesh, or inside a shard_map.
-
-    Where together they do not divide `length`: none of them.
-    """
-    mesh = jax.sharding.get_abstract_mesh()
-    kinds = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
-    if any(kinds.get(axis) != AxisType.Auto for axis in AXES):
-        return None
-    axes = tuple(axis for axis in wanted if mesh.shape[axis] > 1)
-    return axes if length % math.prod(mesh.shape[axis] for axis in axes) == 0 else ()
-
-
-def keep_rows(x: jax.Array) -> jax.Array:
-    """The same array [rows, ...], its rows divided along `BATCH_AXES` and nothing else of it.
-
-    Where both a weight and the rows lie on fsdp, XLA might move the activations: the weights are fewer. Elsewhere, too,
-    it takes over what the other end of a program suggests: what a loss does with its rows would spread into the layers.
-    """
-    axes = _traced_axes(BATCH_AXES, x.shape[0])
-    return x if axes is None else jax.lax.with_sharding_constraint(x, PartitionSpec(axes or None))
-
-
-def lookup(table: jax.Array, ids: jax.Array) -> jax.Array:
-    """table[ids] for ids [rows, ...]: each device looks up its columns for the rows of all its fsdp group, and the
-    group then exchanges columns for rows. Left to itself XLA would give every device all rows of the batch.
-    """
-    mesh, axes = jax.sharding.get_abstract_mesh(), _traced_axes(("data",), ids.shape[0])
-    if axes is None:
-        return table[ids]
-    along = PartitionSpec(axes or None)
-    columns = "fsdp" if table.shape[-1] % mesh.shape["fsdp"] == 0 else None
-    found = table[jax.lax.with_sharding_constraint(ids, along)]
-    spec = PartitionSpec(axes or None, *(None,) * (ids.ndim - 1), columns)
-    return keep_rows(jax.lax.with_sharding_constraint(found, spec))
-
-
-def sum_over_batch_shards(fn: Callable[[Any, Any], jax.Array], tables: Any, rows: Any) -> jax.Array:
-    """fn(tables, rows), each device computing the sum over its own rows.
-
-    A loss that sorts positions, or gathers them, would move all of them to every device if XLA divided it. Here rows
-    are divided among all devices, those of a tensor group too (which hold the same rows, and would else compute the
-    same), and every device sees the tables whole: gathered before, their gradients summed after.
-
-    Args:
-        fn: (tables, rows) → scalar, a sum over rows: fn of parts of them must add up to fn of all.
-        tables: pytree of arrays that every row may need; None leaves are allowed.
-        rows: pytree of arrays [T, ...]. Where T does not divide among all devices, it is divided along `BATCH_AXES`;
-            where not among these either, XLA divides fn as it can.
-
-    Returns:
-        What fn(tables, rows) would, but for the order of summation. On one device it is exactly that.
-    """
-    length = jax.tree.leaves(rows)[0].shape[0]
-    axes = _traced_axes(AXES, length) or _traced_axes(BATCH_AXES, length)
-    if not axes:
-        return fn(tables, rows)
-    # check_vma would refuse the loss's scans, whose sums start the same on every device and then differ.
-    local = jax.shard_map(
-        lambda tables, rows: fn(tables, rows)[None],
-        in_specs=(_WHOLE, PartitionSpec(axes)), out_specs=PartitionSpec(axes), check_vma=False,
-    )  # fmt: skip
-    return local(tables, rows).sum()

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from core.chunked import chunk_rows, chunked_sum, gathered
-from core.sharding import sum_over_batch_shards
+from core.rows import sum_over_batch_shards
 
 Table = tuple[jax.Array, jax.Array | None, jax.Array | None]
 """(table [N, D], bias [N] or None, live [N] or None): a segment without its hidden states."""

@@ -10,6 +10,7 @@ import jax
 from flax import nnx
 from jax.sharding import Mesh
 
+from core import sharding
 from core.functional import FunctionalModel
 from core.lora import is_adapter, merged
 from core.platform import quiet_devices
@@ -169,7 +170,9 @@ def check_same_items(loaded: LoadedRun, dataset: Dataset) -> None:
         )
 
 
-def adopt(loaded: LoadedRun, recommender: Recommender, system: System, seed: int) -> nnx.Module:
+def adopt(
+    loaded: LoadedRun, recommender: Recommender, system: System, seed: int, mesh: Mesh | None = None
+) -> nnx.Module:
     """`--load_checkpoint`: the parameters and buffers of an earlier run in a new recommender.
 
     Adapters of the earlier run are added to the weights where the new one has none; where only the new one has
@@ -200,8 +203,9 @@ def adopt(loaded: LoadedRun, recommender: Recommender, system: System, seed: int
             return nnx.merge(graphdef, merged(loaded.model))
         except ValueError as error:
             raise UserError(f"--load_checkpoint {loaded.where}: {error}") from error
-    fresh = jax.jit(lambda key: nnx.state(recommender.init(key), is_adapter))(jax.random.key(seed))
-    return nnx.merge(graphdef, loaded.params, fresh)
+    laid = None if mesh is None else sharding.shardings(nnx.filter_state(target, is_adapter), mesh)
+    start = jax.jit(lambda: nnx.state(recommender.init(jax.random.key(seed)), is_adapter), out_shardings=laid)
+    return nnx.merge(graphdef, loaded.params, start())
 
 
 def _no_adapters(state: nnx.State) -> bool:

@@ -14,6 +14,7 @@ from jax.sharding import Mesh
 
 from core import sharding
 from core.platform import start_devices
+from core.quantized import QuantizedParam
 from core.weight_files import weights_checksum
 from efficientids import loading, processes, systems
 from efficientids.config import parse, to_mapping
@@ -116,7 +117,7 @@ def _announce(config: TrainConfig, system: System, dataset: Dataset, mode: str |
 
 def _left_whole(model: nnx.Module, mesh: Mesh) -> str:
     """What every device holds a copy of though the mesh divides parameters."""
-    found = sharding.left_whole(nnx.state(model, nnx.Param), mesh)
+    found = sharding.left_whole(nnx.state(model, nnx.Any(nnx.Param, QuantizedParam)), mesh)
     if not found:
         return f"parameters: all matrices and tables are divided as the mesh says; {mesh.size} devices"
     listed = ", ".join(f"{entry.path} ({entry.reason})" for entry in found[:3]) + (", …" if len(found) > 3 else "")
@@ -135,7 +136,7 @@ def _start(
         same_base = base_is_frozen(config) and earlier.config.train in ("auto", config.train, "frozen")
         frozen_weights = earlier.description["frozen_weights"] if same_base else None
         check_room(recommender, _saved(frozen_weights), _eval_every(config), run.path)
-        model = loading.adopt(earlier, recommender, system, config.seed)
+        model = loading.adopt(earlier, recommender, system, config.seed, mesh)
         log.say(f"parameters of {earlier.where} at step {earlier.step}; optimiser and step count start anew")
         return recommender, model, frozen_weights
     folder = system.weights(config)

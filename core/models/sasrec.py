@@ -23,7 +23,7 @@ from core import softmax
 from core.attention import causal_attention
 from core.layers import Dropout, Init, Linear
 from core.rope import rotate, turned_by
-from core.sharding import keep_rows, lookup
+from core.rows import keep_rows, lookup
 
 _THETA = 10_000.0
 

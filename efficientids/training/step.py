@@ -14,7 +14,7 @@ import optax
 from flax import nnx
 from jax.sharding import Mesh
 
-from core import sharding
+from core import rows, sharding
 from efficientids.recommenders.base import Batch, LossSum, Phase
 from efficientids.training import optimizer
 
@@ -166,7 +166,7 @@ def _make_step(
     def train_step(
         state: TrainState, frozen: nnx.State, batch: Batch, key: jax.Array
     ) -> tuple[TrainState, dict[str, jax.Array]]:
-        with sharding.on(mesh):
+        with rows.on(mesh):
             grads, loss = gradient(state.params, frozen, batch, jax.random.fold_in(key, state.step), state.step)
         weight = jnp.maximum(loss.weight, 1e-9)
         grads = jax.tree.map(lambda g: g / weight.astype(g.dtype), grads)

@@ -171,7 +171,7 @@ def test_two_processes_train_the_run_of_one(
             process.kill()
     assert [process.returncode for process in started] == [0, 0], said
     assert "mesh data=2,fsdp=2" in said[0][0] and "of 2 processes" in said[0][0]
-    assert said[1][0] == ""
+    assert [line for line in said[1][0].splitlines() if "[Gloo]" not in line] == []  # the library greets on stdout
     alone = trained(*FROZEN, "--log_every=1")
     np.testing.assert_allclose(curve(run), curve(alone), rtol=1e-5)
     described = json.loads((run / "environment.json").read_text())
