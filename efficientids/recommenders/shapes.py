@@ -12,7 +12,7 @@ import jax
 import numpy as np
 from flax import nnx
 
-from core import sharding
+from core import rows, sharding
 from efficientids.recommenders.base import Histories, Ranked
 
 
@@ -68,10 +68,10 @@ def ranked(
     arrays = (asked.item_ids, asked.lengths, asked.exclude)
     if mesh is not None:
         arrays = sharding.split_rows(arrays, mesh)
-    with sharding.on(mesh):
+    with rows.on(mesh):
         scores, items = program(graphdef, state, *arrays, k=asked.k)
-    rows = len(histories.lengths)
-    return Ranked(sharding.to_host(items)[:rows, :k], sharding.to_host(scores)[:rows, :k])
+    asked_for = slice(len(histories.lengths)), slice(k)
+    return Ranked(sharding.to_host(items)[asked_for], sharding.to_host(scores)[asked_for])
 
 
 def newest(histories: Histories, items: int) -> tuple[np.ndarray, np.ndarray]:

@@ -12,7 +12,7 @@ import pytest
 from flax import nnx
 from jax.sharding import PartitionSpec as P
 
-from core import hierarchical_softmax, sharding, softmax
+from core import hierarchical_softmax, rows, sharding, softmax
 from core.clustering import by_popularity, from_assignment
 from core.config import TINY
 from core.llama import Llama
@@ -55,10 +55,10 @@ def test_an_adapter_and_a_moment_lie_as_their_base() -> None:
     assert axes_of(("llama", "layers", "attention", "o", "weight")) == ("tensor", None, "fsdp")
     assert axes_of(("0", "mu", "llama", "layers", "attention", "o", "weight")) == ("tensor", None, "fsdp")
     assert axes_of(("attention", "o", "adapter", "a")) == ("tensor", None, None)
-    assert axes_of(("attention", "o", "adapter", "b")) == (None, "fsdp")
+    assert axes_of(("mu", "attention", "o", "adapter", "b")) == (None, "fsdp")
+    assert axes_of(("attention", "o", "weight", "codes")) == ("tensor", None, "fsdp")
+    assert axes_of(("mlp", "down", "weight", "scales")) == ("tensor", "fsdp")
     assert axes_of(("attention", "q", "bias")) == ("tensor", None)
-    assert axes_of(("mu", "attention", "o", "weight", "codes")) == ("tensor", None, "fsdp")
-    assert axes_of(("attention", "q", "weight", "scales")) == ("fsdp", "tensor", None)
     assert axes_of(("norm", "scale")) is None
 
 
@@ -134,7 +134,7 @@ def test_a_loss_over_devices_equals_one_devices(head: str, shape: MeshShape) -> 
     mesh = make_mesh(shape)
 
     def on_mesh(tables: Any, h_TD: jax.Array) -> Any:
-        with sharding.on(mesh):
+        with rows.on(mesh):
             return jax.value_and_grad(loss, argnums=(0, 1))(tables, h_TD)
 
     here = jax.device_put(h_TD, sharding.whole(mesh) if T % shape.batch_shards else sharding.rows(mesh))
@@ -150,7 +150,7 @@ def test_a_loss_moves_no_rows_between_devices() -> None:
     mesh = make_mesh(MeshShape(8))
 
     def on_mesh(tables: Any, h_TD: jax.Array) -> Any:
-        with sharding.on(mesh):
+        with rows.on(mesh):
             return jax.value_and_grad(loss, argnums=1)(tables, h_TD)
 
     placed = (sharding.place(tables, mesh), jax.device_put(h_TD, sharding.rows(mesh)))
@@ -166,7 +166,7 @@ def test_frozen_tables_cost_no_gradient_on_a_mesh() -> None:
 
     def products(argnums: Any) -> int:
         def on_mesh(tables: Any, h_TD: jax.Array) -> Any:
-            with sharding.on(mesh):
+            with rows.on(mesh):
                 return jax.grad(loss, argnums=argnums)(tables, h_TD)
 
         return jax.jit(on_mesh).lower(tables, h_TD).as_text().count("stablehlo.dot_general")
