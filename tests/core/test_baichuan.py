@@ -23,7 +23,7 @@ from safetensors.numpy import load_file, save_file
 
 from core.config import ConfigError, LlamaConfig
 from core.hf_names import in_files, places
-from core.llama import Llama
+from core.llama import KVCache, Llama
 from core.llama_loader import CheckpointMismatch, LlamaLoader
 from core.weight_files import SplitFile, open_weight_file
 from tests.core.checkpoints import assert_same
@@ -130,12 +130,16 @@ def test_logits_equal_the_reference_and_so_does_the_cache(tmp_path: Path, torch:
     theirs = reference({name: torch.from_numpy(t) for name, t in tensors.items()}, torch.from_numpy(IDS_BT)).numpy()
     assert error(jax.jit(lambda p: model.apply(p, input_ids=IDS_BT))(params), theirs) <= 1e-5
     llama: Llama = nnx.merge(model.graphdef, params)
-    cache = llama.init_cache(2, 16)
-    x_BTD, cache = llama.extend(llama.embed(jnp.asarray(IDS_BT[:, :9])), cache)
-    found = [llama.logits(x_BTD)]
-    for i in range(9, 12):
-        x_BTD, cache = llama.extend(llama.embed(jnp.asarray(IDS_BT[:, i : i + 1])), cache)
-        found.append(llama.logits(x_BTD))
+
+    @jax.jit
+    def step(ids: jax.Array, cache: KVCache) -> tuple[jax.Array, KVCache]:
+        x_BTD, cache = llama.extend(llama.embed(ids), cache)
+        return llama.logits(x_BTD), cache
+
+    cache, found = llama.init_cache(2, 16), []
+    for start, end in ((0, 9), (9, 10), (10, 11), (11, 12)):
+        logits, cache = step(IDS_BT[:, start:end], cache)
+        found.append(logits)
     assert error(jnp.concatenate(found, axis=1), theirs[:, :12]) <= 1e-5
 
 
