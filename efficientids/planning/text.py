@@ -41,7 +41,7 @@ def verdict(need: Need) -> str:
     lines = []
     if compiled is not None:
         lines += [
-            f"compiled for it ({attention(need)}), by XLA's own account:",
+            f"compiled for it, {attention(need)}; by XLA's own account:",
             f"  arguments {gib(compiled.arguments)} + outputs {gib(compiled.outputs)} − aliased "
             f"{gib(compiled.aliased)} + temporaries {gib(compiled.temporaries)} = {gib(compiled.peak)} at the peak",
         ]
