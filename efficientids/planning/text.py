@@ -43,7 +43,7 @@ def verdict(need: Need) -> str:
     lines = []
     if compiled is not None:
         lines += [
-            f"compiled for it ({attention(need)}), by XLA's own account:",
+            f"compiled for it, {attention(need)}:",
             f"  arguments {gib(compiled.arguments)} + outputs {gib(compiled.outputs)} − aliased "
             f"{gib(compiled.aliased)} + temporaries {gib(compiled.temporaries)} = {gib(compiled.peak)} at the peak",
         ]
@@ -75,9 +75,7 @@ def attention(need: Need) -> str:
         return "with cuDNN's attention"
     may = "attention" in READS[need.config.recommender] and need.config.attention == "auto"
     if may and need.config.precision == "bfloat16" and not need.config.pack_sequences and cudnn_version() is None:
-        return (
-            "with XLA's attention: cuDNN's, a GPU's own choice, needs less and is planned with nvidia-cudnn installed"
-        )
+        return "with XLA's attention (a GPU takes cuDNN's, which needs less: install nvidia-cudnn to plan it)"
     return "with XLA's attention"
 
 
