@@ -90,10 +90,8 @@ class Candidates:
         self._step, self.need = functools.cache(self._traced), functools.cache(self._need)
 
     def resolve(self, config: TrainConfig) -> TrainConfig:
-        """The configuration as training would resolve it; `--precision auto` is a GPU's, whatever machine plans."""
-        if config.precision == "auto" and "precision" in READS[config.recommender]:
-            config = dataclasses.replace(config, precision="bfloat16")
-        return self.system.resolve(config, self.scale)
+        """The configuration as training would resolve it on a GPU."""
+        return self.system.resolve(_for_gpu(config), self.scale)
 
     def _meshed(self, config: TrainConfig, devices: int, pool: Pool) -> TrainConfig:
         """An unresolved configuration with its mesh settled, as a run on that many devices would settle it.
@@ -103,7 +101,7 @@ class Candidates:
         """
         shape = mesh_shape(config)
         if config.mesh == "auto" and devices > 1:
-            parts = kept_between_steps(config, self.system, self.scale)
+            parts = kept_between_steps(_for_gpu(config), self.system, self.scale)
             shape, _ = choose_mesh(devices, parts, pool.size, rows=config.batch_size)
         if shape.size != devices:
             raise UserError(f"--mesh {shape} has {shape.size} devices, and {devices} are planned for; leave it out")
@@ -164,6 +162,13 @@ class Candidates:
         for name in _NO_PART:
             settings.pop(name)
         return records.key_of(self.target.name, devices, settings, recommender.spec.to_json(), shapes)
+
+
+def _for_gpu(config: TrainConfig) -> TrainConfig:
+    """`--precision auto` is a GPU's, whatever machine plans."""
+    if config.precision == "auto" and "precision" in READS[config.recommender]:
+        return dataclasses.replace(config, precision="bfloat16")
+    return config
 
 
 # Flags that say where a run lies and what is asked of a plan: the program is the same.

@@ -119,6 +119,16 @@ def test_more_devices_split_the_rows() -> None:
     assert found["largest_batch"]["value"] == 90 and [row["batch_size"] for row in found["devices"]] == [6, 6, 8, 8]
 
 
+def test_the_mesh_is_the_one_with_the_least_to_pass_on() -> None:
+    """Adapters of a 7b Llama in bfloat16 fit on a card, all of it in float32 on four does not: data, then fsdp."""
+    real = Candidates(systems.get("efficientids"), SCALE, gpu_target(compiles=False))
+    asked = TrainConfig(llama_size="7b", seq_len=16, batch_size=8)
+    assert real.need(asked, 4, False).config.mesh == "data=4"
+    assert real.need(dataclasses.replace(asked, train="full"), 8, False).config.mesh == "fsdp=8"
+    with pytest.raises(UserError, match="--mesh data=2 has 2 devices, and 4 are planned for"):
+        real.need(dataclasses.replace(asked, mesh="data=2"), 4, False)
+
+
 def run(capsys: pytest.CaptureFixture[str], *flags: str) -> tuple[int, str]:
     code = cli.main(["--seq_len=16", "--plan_by=estimate", *flags])
     return code, capsys.readouterr().out
