@@ -8,14 +8,21 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from core.hf_export import NotExportable
+from core.hf_export import Adapters, NotExportable
 from core.read_back import ReadBackError
 from core.weight_files import CheckpointError
 from core.weight_writing import check_written
 from efficientids.data.preparation.workplace import workplace
 from efficientids.errors import UserError
 from efficientids.exporting import tables
-from efficientids.exporting.llama import open_llama, read_merged, skeleton, write_adapter, write_merged
+from efficientids.exporting.llama import (
+    open_llama,
+    read_merged,
+    run_adapters,
+    skeleton,
+    write_adapter,
+    write_merged,
+)  # fmt: skip
 from efficientids.exporting.readme import readme, table_of
 from efficientids.exporting.writer import Writer
 from efficientids.loading import LoadedRun, open_run
@@ -97,7 +104,8 @@ def _refuse(output: Path) -> None:
 def _as_tables(job: Job, writer: Writer, say: Callable[[str], None]) -> _Made:
     """All parameters and buffers, as the run holds them."""
     loaded = open_run(job.run, job.step)
-    recommender, facts, model = loaded.recommender, _facts(job, loaded), loaded.model
+    recommender, model = loaded.recommender, loaded.model
+    facts = _facts(job, loaded, run_adapters(model), loaded.config.quantize)
     expected = tables.probe(recommender, model)
     found = tables.variables(model, with_llama=True)
     say(f"writing {len(found)} tensors")
@@ -115,7 +123,7 @@ def _as_tables(job: Job, writer: Writer, say: Callable[[str], None]) -> _Made:
 def _as_llama(job: Job, writer: Writer, say: Callable[[str], None]) -> _Made:
     """The Llama for Hugging Face's programs, and the rest of the recommender beside it."""
     loaded, llama = open_llama(job.run, job.step)
-    facts: dict[str, Any] = {**_facts(job, loaded), "adapters": llama.added is not None}
+    facts = _facts(job, loaded, llama.added, "none")
     found = tables.variables(skeleton(loaded), with_llama=False)
     say(f"the Llama: {'from ' + str(llama.folder) if llama.folder else 'from the checkpoint'}, writing")
     if job.format == "peft":
@@ -132,11 +140,13 @@ def _as_llama(job: Job, writer: Writer, say: Callable[[str], None]) -> _Made:
     return _Made({**facts, "read_back": check, "files": {**written.files, **beside}}, table, list(beside))
 
 
-def _facts(job: Job, loaded: LoadedRun) -> dict[str, Any]:
+def _facts(job: Job, loaded: LoadedRun, added: Adapters | None, quantize: str) -> dict[str, Any]:
     return {
         "format": job.format,
         "run": str(loaded.where.resolve()),
         "step": loaded.step,
         "recommender": loaded.config.recommender,
         "dataset": loaded.description["dataset"],
+        "lora": None if added is None else {**dataclasses.asdict(added.lora), "scale": added.lora.scale},
+        "quantize": quantize,
     }

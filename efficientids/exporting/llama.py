@@ -83,13 +83,13 @@ def open_llama(run: Path, step: int | None) -> tuple[LoadedRun, RunLlama]:
     if loaded.config.quantize != "none" and loaded.description["frozen_weights"] is not None:
         loaded = open_saved(loaded.where, loaded.step, like=dataclasses.replace(loaded.config, quantize="none"))
     model = skeleton(loaded)
-    llama = getattr(model, "llama", None)
-    if not isinstance(llama, Llama):
+    llama = _llama(model)
+    if llama is None:
         raise UserError(
             f"{loaded.where} is a run of --recommender {loaded.config.recommender}: no Llama is inside, which is what "
             "hf and peft hold; give --format safetensors"
         )
-    folder, added = frozen_folder(loaded), Adapters.of(llama)
+    folder, added = frozen_folder(loaded), run_adapters(model)
     saved = None if folder is not None else nnx.filter_state(loaded.params["llama"], nnx.Not(is_adapter))
     came_from = folder or started_from(loaded.config)
     return loaded, RunLlama(llama.config, added, folder, saved, came_from, _why_no_adapter(loaded, added, folder))
@@ -99,6 +99,18 @@ def skeleton(loaded: LoadedRun) -> nnx.Module:
     """The model of a run, with shapes in place of what is not in memory."""
     graphdef, state = abstract(loaded.recommender)
     return nnx.merge(graphdef, nnx.merge_state(state, loaded.params))
+
+
+def run_adapters(model: nnx.Module) -> Adapters | None:
+    """The adapters in the Llama of a model; None where it has none, or no Llama."""
+    llama = _llama(model)
+    return None if llama is None else Adapters.of(llama)
+
+
+def _llama(model: nnx.Module) -> Llama | None:
+    """The pretrained part of a system is its attribute `llama` (`recommenders.base.in_llama`)."""
+    found = getattr(model, "llama", None)
+    return found if isinstance(found, Llama) else None
 
 
 def _why_no_adapter(loaded: LoadedRun, added: Adapters | None, folder: Path | None) -> str | None:

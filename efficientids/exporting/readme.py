@@ -58,15 +58,24 @@ def readme(facts: Mapping[str, Any], table: str, files: list[str]) -> str:
     """
     parts = [f"# {facts['recommender']}, exported as {facts['format']}", _origin(facts)]
     if facts["format"] == "hf":
-        parts += ["## The Llama", _HF.format(merged=", adapters merged in float32" if facts["adapters"] else "")]
+        parts += ["## The Llama", _HF.format(merged=", adapters merged in float32" if facts["lora"] else "")]
     if facts["format"] == "peft":
         parts += ["## The adapters", _PEFT.format(base=facts["base_model"])]
-    if files:
-        what = "The whole model" if facts["format"] == "safetensors" else "The rest of the recommender"
-        parts += [f"## {what}", f"In {', '.join(f'`{file}`' for file in files)}. {_AXES}", table]
-        parts += [] if facts["format"] == "safetensors" else [_BESIDE]
-        parts += [_LOAD.format(file=files[0])]
+    whole = facts["format"] == "safetensors"
+    parts += ["## The whole model" if whole else "## The rest of the recommender"]
+    parts += [f"In {', '.join(f'`{file}`' for file in files)}.\n{_AXES}{_held(facts) if whole else ''}", table]
+    parts += [*([] if whole else [_BESIDE]), _LOAD.format(file=files[0])]
     return "\n\n".join(parts) + "\n"
+
+
+def _held(facts: Mapping[str, Any]) -> str:
+    """How the Llama's matrices are to be read where they are not plain."""
+    text = ""
+    if facts["lora"]:
+        text += f" An adapter adds {facts['lora']['scale']:g} · A B to its weight."
+    if facts["quantize"] != "none":
+        text += f" `codes` and `scales` are {facts['quantize']}: `core.quantized.dequantize` makes weights of them."
+    return text
 
 
 def _origin(facts: Mapping[str, Any]) -> str:

@@ -132,6 +132,8 @@ def test_all_parameters_by_our_own_names(trained: Trained, tmp_path: Path, mode:
         assert found[name].dtype == array.dtype
         np.testing.assert_array_equal(found[name], array)
     assert ("llama.layers.mlp.gate.weight.codes" in found) == (mode == "qlora")
+    text = (folder / "README.md").read_text()
+    assert ("adds 2 · A B" in text, "`scales` are nf4" in text) == ((mode == "qlora"),) * 2
 
 
 @pytest.mark.parametrize("recommender", ["sasrec", "item_knn", "popularity"])
