@@ -50,10 +50,10 @@ class Adapters:
         lora = LoRAConfig(rank, round(one.scale * rank, 9), targets, one.dropout)
         return Adapters(lora, {path: (adapter.a[...], adapter.b[...]) for path, adapter in found.items()})
 
-    def update(self, place: Place) -> np.ndarray:
-        """What is added to the weight at `place`: float32, as it lies in Hugging Face's files."""
-        a, b = (stack[place.layer] for stack in self.pairs[place.path])
-        return np.asarray(place.layout.to_hf(update(a, b, self.lora.scale)))
+    def update(self, path: tuple[Any, ...], layer: int) -> Array:
+        """What is added to the weight at `path` in this layer: float32 [in-axes…, out-axes…]."""
+        a, b = self.pairs[path]
+        return update(a[layer], b[layer], self.lora.scale)
 
 
 def checkpoint_tensors(folder: Path, config: LlamaConfig) -> dict[str, Tensor]:
@@ -112,8 +112,9 @@ def merged_tensors(
 
         def read() -> np.ndarray:
             array = tensor.read()
-            if added is not None and place.path in added.pairs:
-                array = array.astype(np.float32) + added.update(place)
+            if added is not None and place.layer is not None and place.path in added.pairs:
+                summand = np.asarray(place.layout.to_hf(added.update(place.path, place.layer)))
+                array = array.astype(np.float32) + summand
             with np.errstate(over="ignore"):  # infinities are found, and named, when the file is read back
                 return array.astype(target)
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from core.hf_export import Adapters, NotExportable
-from core.read_back import ReadBackError
+from core.read_back import TOLERANCE, ReadBackError
 from core.weight_files import CheckpointError
 from core.weight_writing import check_written
 from efficientids.data.preparation.workplace import workplace
@@ -23,7 +23,7 @@ from efficientids.exporting.llama import (
     write_adapter,
     write_merged,
 )  # fmt: skip
-from efficientids.exporting.readme import readme, table_of
+from efficientids.exporting.readme import readme, rounding_text, table_of
 from efficientids.exporting.writer import Writer
 from efficientids.loading import LoadedRun, open_run
 
@@ -126,18 +126,21 @@ def _as_llama(job: Job, writer: Writer, say: Callable[[str], None]) -> _Made:
     facts = _facts(job, loaded, llama.added, "none")
     found = tables.variables(skeleton(loaded), with_llama=False)
     say(f"the Llama: {'from ' + str(llama.folder) if llama.folder else 'from the checkpoint'}, writing")
+    check: dict[str, Any] = {"compared": "logits", "tolerance": TOLERANCE}
     if job.format == "peft":
-        written, facts["base_model"] = write_adapter(llama, job.run, writer)
+        files, facts["base_model"], check["error"] = write_adapter(llama, job.run, writer)
     else:
-        written, expected = write_merged(llama, job.dtype, writer)
+        files, wanted = write_merged(llama, job.dtype, writer)
+        check |= {"rounding": wanted.rounding, "adapters": wanted.adapters}
     beside = writer.tensors({name: variable.tensor for name, variable in found.items()}, "recommender")
     table, config = table_of(found), llama.config
     del loaded, llama, found  # one Llama in memory is enough
     if job.format == "hf":
         say("reading it back")
-        written = read_merged(writer.folder, config, written, expected)
-    check = {"compared": "logits", "error": written.error, "tolerance": written.tolerance}
-    return _Made({**facts, "read_back": check, "files": {**written.files, **beside}}, table, list(beside))
+        check["error"] = read_merged(writer.folder, config, wanted)
+        if wanted.adapters is not None and wanted.rounding > wanted.adapters / 2:
+            say(f"warning: {rounding_text(check)}: much of what the adapters learnt is lost; give --dtype float32")
+    return _Made({**facts, "read_back": check, "files": {**files, **beside}}, table, list(beside))
 
 
 def _facts(job: Job, loaded: LoadedRun, added: Adapters | None, quantize: str) -> dict[str, Any]:

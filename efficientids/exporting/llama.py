@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -18,7 +18,7 @@ from core.llama import Llama
 from core.llama_loader import LlamaLoader
 from core.lora import is_adapter
 from core.peft_export import peft_config, peft_merged, peft_tensors
-from core.read_back import TOLERANCES, ReadBackError, compare, logits, merging_tolerance
+from core.read_back import TOLERANCE, ReadBackError, compare, difference, logits, merged_params, rounds
 from core.weight_writing import Tensor
 from efficientids.errors import UserError
 from efficientids.exporting.companions import Source, copy_companions, started_from
@@ -30,12 +30,15 @@ from efficientids.systems.llama import base_is_frozen
 _ADAPTER, _ADAPTER_CONFIG = "adapter_model", "adapter_config.json"
 
 
-class Written(NamedTuple):
-    """Weight files → sha256; how far the logits of what was read back may be off, and are (None: not read yet)."""
+class Check(NamedTuple):
+    """The logits after the probe that a checkpoint must give, and how they differ from others (`difference`).
 
-    files: dict[str, str]
-    tolerance: float
-    error: float | None = None
+    rounding: from the run's own, by the dtype alone. adapters: the base's from the run's own; None without adapters.
+    """
+
+    expected: np.ndarray
+    rounding: float
+    adapters: float | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,24 +132,38 @@ def _why_no_adapter(loaded: LoadedRun, added: Adapters | None, folder: Path | No
     return None
 
 
-def write_merged(llama: RunLlama, dtype: str | None, writer: Writer) -> tuple[Written, np.ndarray]:
-    """Writes a whole checkpoint; also the logits that it must have.
+def write_merged(llama: RunLlama, dtype: str | None, writer: Writer) -> tuple[dict[str, str], Check]:
+    """Writes a whole checkpoint.
+
+    Returns:
+        Its weight files → sha256, and what it must compute.
 
     Raises:
         NotExportable: the base is held quantised.
+        ReadBackError: merged, the adapters do not do what they do beside the weights.
     """
     base, target = llama.base(), None if dtype is None else np.dtype(jnp.dtype(dtype))
-    expected = logits(llama.params(), llama.config, llama.added)
+    check = _check(llama, target)
+    if not rounds(base, llama.config, llama.added, target) and not check.rounding <= TOLERANCE:
+        raise ReadBackError(f"merging moves the logits by {check.rounding:.2g} of the largest")
     tensors = merged_tensors(base, llama.config, llama.added, target)
     files = writer.tensors(tensors, "model")
     widest = np.dtype(jnp.result_type(*(tensor.dtype for tensor in tensors.values()))).name
     more = {} if llama.came_from is None else copy_companions(llama.came_from, writer.folder)
     writer.json("config.json", {**llama.config.to_hf(widest), **more})
-    return Written(files, merging_tolerance(base, llama.config, llama.added, target)), expected
+    return files, check
 
 
-def read_merged(folder: Path, config: LlamaConfig, written: Written, expected: np.ndarray) -> Written:
-    """Loads the checkpoint as any checkpoint is loaded, and compares.
+def _check(llama: RunLlama, dtype: np.dtype[Any] | None) -> Check:
+    params = llama.params()
+    own = logits(params, llama.config, llama.added)
+    adapters = None if llama.added is None else difference(logits(params, llama.config), own)
+    expected = logits(merged_params(params, llama.config, llama.added, dtype), llama.config)
+    return Check(expected, difference(expected, own), adapters)
+
+
+def read_merged(folder: Path, config: LlamaConfig, check: Check) -> float:
+    """Loads the checkpoint as any checkpoint is loaded, and compares: how far its logits are off.
 
     Raises:
         ReadBackError, CheckpointError: it is not what was to be written.
@@ -154,11 +171,14 @@ def read_merged(folder: Path, config: LlamaConfig, written: Written, expected: n
     _, params, read = LlamaLoader(path=folder).load_model()
     if read != config:
         raise ReadBackError(f"config.json, read back, is of another Llama: {read}")
-    return written._replace(error=compare(logits(params, config), expected, written.tolerance))
+    return compare(logits(params, config), check.expected)
 
 
-def write_adapter(llama: RunLlama, run: Path, writer: Writer) -> tuple[Written, str]:
-    """Writes a PEFT adapter, reads it back, merges it as PEFT does and compares; also the base's name.
+def write_adapter(llama: RunLlama, run: Path, writer: Writer) -> tuple[dict[str, str], str, float]:
+    """Writes a PEFT adapter, reads it back, merges it as PEFT does and compares.
+
+    Returns:
+        Its weight file → sha256, the base's name, and how far the logits are off.
 
     Raises:
         UserError: an adapter cannot hold what trained.
@@ -178,5 +198,4 @@ def write_adapter(llama: RunLlama, run: Path, writer: Writer) -> tuple[Written, 
     expected = logits(params, llama.config, llama.added)
     settings = json.loads((writer.folder / _ADAPTER_CONFIG).read_text())
     params = peft_merged(params, llama.config, load_file(writer.folder / f"{_ADAPTER}.safetensors"), settings)
-    tolerance = TOLERANCES["float32"]  # adapters are written as they are
-    return Written(files, tolerance, compare(logits(params, llama.config), expected, tolerance)), source.name
+    return files, source.name, compare(logits(params, llama.config), expected)

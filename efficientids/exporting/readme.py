@@ -85,10 +85,17 @@ def _origin(facts: Mapping[str, Any]) -> str:
     lines = [
         f"From the run {facts['run']}, step {facts['step']}, trained on the data set {data['path']}",
         f"(fingerprint {data['fingerprint']}, sha256 of its item ids {data['items_sha256']}).",
-        f"Read back after writing, and its {check['compared']} compared with the run's{far}.",
+        f"Read back after writing, and its {check['compared']} compared with those it must have{far}.",
+        *([f"In all, {rounding_text(check)}."] if check.get("rounding") else []),
         "`export.json` has the sha256 of every weight file.",
     ]
     return "\n".join(lines)
+
+
+def rounding_text(check: Mapping[str, Any]) -> str:
+    """What merging and rounding do to the logits, beside what the adapters do."""
+    adapters = "" if check["adapters"] is None else f", and the adapters by {check['adapters']:.1e}"
+    return f"rounding the weights moves the run's logits by {check['rounding']:.1e} of the largest{adapters}"
 
 
 def table_of(found: Mapping[str, Variable]) -> str:
