@@ -3,8 +3,8 @@
 #
 #   benchmarks/run_gpu.sh [OUT]        (default benchmarks/out)
 #
-# Each part writes OUT/PART.log and, when it ends, OUT/PART.done.json (exit code, seconds, device); most write their own
-# OUT/PART.json, too. A part that is done is skipped, and one whose limit no longer fits into BUDGET_S (default 590 s, for
+# Each part writes OUT/PART.log and, when it ends, OUT/PART.done.json or PART.failed.json (exit code, seconds, device);
+# most write their own OUT/PART.json, too. A part that is done is skipped, and one whose limit no longer fits into BUDGET_S (default 590 s, for
 # machines that are lent for 10 minutes a call) is left for the next call on the same OUT. Wants an environment with this
 # project's requirements; PEFT, the peer, may lie as a wheel in benchmarks/wheels (ignored by git).
 set -uo pipefail
@@ -32,9 +32,12 @@ part() {
   echo "== $name: $*"
   timeout "$limit" "$@" 2>&1 | tee "$out/$name.log"
   local code=${PIPESTATUS[0]}
+  local end=done
+  if [ "$code" -ne 0 ]; then end=failed failures=$((failures + 1)); else rm -f "$out/$name.failed.json"; fi
   printf '{"part": "%s", "exit_code": %d, "seconds": %d, "device": "%s"}\n' "$name" "$code" $((SECONDS - began)) "$device" \
-    >"$out/$name.done.json"
+    >"$out/$name.$end.json"
 }
+failures=0
 
 # Tokens a second against transformers + PEFT: the goal is 1.5 times, and 55% of the measured matmul rate.
 part step-7b-8x512 280 python benchmarks/train_step.py --size 7b --rows 8 --positions 512 --json "$out/step-7b-8x512.json"
@@ -56,3 +59,4 @@ part batches 120 python benchmarks/batches.py --recommender sasrec --data_dir "$
 # Items a second of a 1b-shaped frozen Llama, predicted against real peak: in its metrics.jsonl.
 part run-1b 200 python train_llama.py --llama_size 1b --random_weights --freeze_llama --num_steps 60 --batch_size 16 \
   --seq_len 512 --log_every 20 --checkpoint_dir "$out/run-1b"
+[ "$failures" -eq 0 ]

@@ -54,7 +54,7 @@ def measured(job: dict[str, Any]) -> dict[str, Any]:
     )
     lora = LoRAConfig(job["rank"], job["alpha"]) if job["mode"] == "lora" else None
     dtype = jnp.bfloat16 if ON_GPU else jnp.float32
-    compute = Compute(dtype, job["remat"])
+    compute = Compute(dtype, job["remat"], attention=job["attention"])
     init = Init(param_dtype=jnp.float32 if lora is None else dtype, lora=lora)
     graphdef, _ = nnx.split(nnx.eval_shape(lambda: LanguageModel(config, jax.random.key(0), compute, init)))
     state = jax.jit(lambda key: nnx.split(LanguageModel(config, key, compute, init))[1])(jax.random.key(0))

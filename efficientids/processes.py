@@ -7,13 +7,16 @@ the same steps, evaluations and saves. What a person or a file is told comes fro
 from __future__ import annotations
 
 import os
+import re
 import socket
 from collections.abc import Callable
+from pathlib import Path
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from core.platform import has_nvidia_device
 from efficientids.errors import UserError
 
 _LONGEST_TEXT = 4096  # bytes
@@ -30,7 +33,7 @@ def join(coordinator: str | None, num_processes: int | None, process_id: int | N
     if coordinator is None and not _in_slurm_step():
         return
     try:
-        jax.distributed.initialize(coordinator, num_processes, process_id)
+        jax.distributed.initialize(coordinator, num_processes, process_id, local_device_ids=_gpus_of_this_task())
     except (RuntimeError, ValueError) as error:
         reason = str(error).strip().split("\n")[0]
         where = f"--coordinator {coordinator}" if coordinator else "the Slurm step"
@@ -44,6 +47,19 @@ def _in_slurm_step() -> bool:
     """True in a task of `srun` that has sisters; the batch script itself, which has none, is not a step's task."""
     tasks = os.environ.get("SLURM_STEP_NUM_TASKS") or os.environ.get("SLURM_NTASKS", "1")
     return all(name in os.environ for name in ("SLURM_JOB_ID", "SLURM_PROCID", "SLURM_LOCALID")) and int(tasks) > 1
+
+
+def _gpus_of_this_task() -> list[int] | None:
+    """All GPUs of the host for a Slurm task that is the only one there; None: as jax finds them.
+
+    jax takes a Slurm task to own the one GPU with its local number, also where it has a host's eight to itself.
+    """
+    tasks_here = re.match(r"\d+", os.environ.get("SLURM_STEP_TASKS_PER_NODE", ""))
+    if "SLURM_LOCALID" not in os.environ or tasks_here is None or int(tasks_here[0]) != 1 or not has_nvidia_device():
+        return None
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    count = len(visible.split(",")) if visible else len(list(Path("/dev").glob("nvidia[0-9]*")))
+    return list(range(count)) or None
 
 
 def is_first() -> bool:

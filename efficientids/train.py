@@ -32,7 +32,7 @@ from efficientids.planning.measure import scale_of
 from efficientids.planning.mesh import mesh_of_run, resolve_mesh
 from efficientids.planning.plan import plan
 from efficientids.planning.start import log_peak, predicted_peak
-from efficientids.preflight.gpu import check_gpu
+from efficientids.preflight.gpu import check_gpu, check_shared_memory
 from efficientids.preflight.room import check_room
 from efficientids.recommenders.base import Recommender, in_base
 from efficientids.runs import RunFolder
@@ -68,6 +68,8 @@ def main(arguments: Sequence[str]) -> int:
         asked, why = resolve_mesh(config, system, scale)
         config = system.resolve(asked, scale)
         mesh = mesh_of_run(config)
+        if mesh is not None and mesh.devices.flat[0].platform == "gpu":
+            check_shared_memory(jax.local_device_count())
         mode = system.mode(asked, config)
         log = RunLog(run.metrics, config.log_every, speaks=processes.is_first())
         log.say(_announce(config, system, dataset, mode, why))

@@ -172,7 +172,10 @@ def _for_gpu(config: TrainConfig) -> TrainConfig:
 
 
 # Flags that say where a run lies and what is asked of a plan: the program is the same.
-_NO_PART = ("data_dir", "checkpoint_dir", "trackers", "force", *(f.name for f in dataclasses.fields(PlanOptions)))
+_NO_PART = (
+    "data_dir", "checkpoint_dir", "trackers", "force", "seed", "log_every", "eval_every", "patience",
+    *(f.name for f in dataclasses.fields(PlanOptions)),
+)  # fmt: skip
 
 
 def _recalled(values: dict[str, Any] | None) -> tuple[Estimate, CompiledMemory, Bound | None, bool] | None:

@@ -71,7 +71,7 @@ def training_mode(config: TrainConfig, llama: LlamaConfig) -> tuple[str, str]:
     elif config.lora_rank is not None:
         mode, why = "lora", "--lora_rank is given"
     elif size >= LORA_FROM_PARAMETERS:
-        mode, why = "lora", f"{shown} parameters (--train full trains them all)"
+        mode, why = "lora", f"{shown} parameters; --train full trains them all"
     else:
         mode, why = "full", f"{shown} parameters, fewer than {LORA_FROM_PARAMETERS / 1e9:g} billion"
     if adapters and mode != "lora":
@@ -94,7 +94,7 @@ def resolve_mode(config: TrainConfig, llama: LlamaConfig, *, from_scratch: bool)
         settled |= {
             "lora_rank": rank,
             "lora_alpha": config.lora_alpha or 2.0 * rank,
-            "lora_targets": config.lora_targets or LORA_TARGETS,
+            "lora_targets": LORA_TARGETS if config.lora_targets is None else config.lora_targets,
             "lora_dropout": config.lora_dropout or 0.0,
         }
     if mode == "frozen" and config.llama_learning_rate is not None:
@@ -114,7 +114,7 @@ def mode_text(config: TrainConfig, why: str) -> str:
         "full": "everything trains",
     }[config.train]
     held = "" if config.quantize == "none" else f", base held in {config.quantize}"
-    return f"--train {config.train}: {what}{held}; because of {why}"
+    return f"--train {config.train}: {what}{held} ({why})"
 
 
 def lora_config(config: TrainConfig) -> LoRAConfig | None:

@@ -181,3 +181,16 @@ def test_two_processes_train_the_run_of_one(
     loaded, other = open_run(run), open_run(alone, open_run(run).step)
     for path, leaf in nnx.to_flat_state(loaded.params):
         np.testing.assert_allclose(leaf[...], dict(nnx.to_flat_state(other.params))[path][...], atol=1e-4)
+
+
+def test_a_slurm_task_alone_on_its_host_takes_all_its_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    """jax itself would take the one with the task's local number."""
+    monkeypatch.setattr(processes, "has_nvidia_device", lambda: True)
+    monkeypatch.setenv("SLURM_LOCALID", "0")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1,2,3")
+    monkeypatch.setenv("SLURM_STEP_TASKS_PER_NODE", "1(x2)")
+    assert processes._gpus_of_this_task() == [0, 1, 2, 3]
+    monkeypatch.setenv("SLURM_STEP_TASKS_PER_NODE", "4(x2)")
+    assert processes._gpus_of_this_task() is None  # one each
+    monkeypatch.delenv("SLURM_LOCALID")
+    assert processes._gpus_of_this_task() is None

@@ -56,7 +56,7 @@ def resolved(line: str) -> tuple[TrainConfig, str]:
 def test_what_trains_and_why(line: str, mode: str, why: str) -> None:
     config, text = resolved(line)
     assert config.train == mode and config.freeze_llama == (mode == "frozen")
-    assert text.startswith(f"--train {mode}: ") and f"because of {why}" in text
+    assert text.startswith(f"--train {mode}: ") and f"({why}" in text
 
 
 def test_what_the_mode_decides() -> None:
@@ -80,6 +80,7 @@ def test_what_the_mode_decides() -> None:
         ("--quantize nf4", "--quantize nf4: quantised weights cannot be trained"),
         ("--freeze_llama --llama_learning_rate 1e-4", "--llama_learning_rate 0.0001: nothing of a frozen Llama"),
         ("--lora_rank 4 --lora_targets q,z", "LoRA targets 'q,z': give some of q,k,v,o,gate,up,down"),
+        ("--lora_rank 4 --lora_targets=", "LoRA targets '': give some of"),
         ("--lora_rank 0", "--lora_rank 0: must be above 0"),
         ("--lora_rank 4 --lora_dropout 1", r"--lora_dropout 1.0: must be in \[0, 1\)"),
         ("--recommender sasrec --lora_rank 4", "--lora_rank has no meaning with --recommender sasrec"),
@@ -129,7 +130,7 @@ def test_the_mode_is_the_first_line_printed(
     given = flags(data_dir=tiny_data.path, weights=weights, checkpoint_dir=tmp_path / "run", **SMALL_JOB)
     assert main([*given, *LORA, "--num_steps=1"]) == 0
     first = capsys.readouterr().out.splitlines()[0]
-    assert "--train lora: LoRA on q,v,down, r 4, alpha 8; because of --lora_rank is given" in first
+    assert "--train lora: LoRA on q,v,down, r 4, alpha 8 (--lora_rank is given)" in first
 
 
 def next_stage(run: Path, folder: Path, data: Dataset, weights: Path, *more: str) -> Any:
