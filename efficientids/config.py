@@ -114,6 +114,10 @@ def _check_plan(config: TrainConfig) -> None:
         if not config.estimate_memory_only and getattr(config, field.name) != field.default:
             more = "; a run's metrics stand in its metrics.jsonl" if field.name == "json" else ""
             raise UserError(f"--{field.name} goes with --estimate_memory_only{more}")
+    if config.plan_by == "run" and (config.num_devices > 1 or config.mesh != "auto"):
+        raise UserError("--plan_by run takes its steps on one GPU; leave --num_devices and --mesh out")
+    if config.estimate_memory_only and config.force:
+        raise UserError("--force starts a run; a plan starts nothing; leave it out")
 
 
 def _check_ranges(config: TrainConfig) -> None:

@@ -52,10 +52,13 @@ def three_steps(config: TrainConfig) -> dict[str, Any]:
     if not has_nvidia_device():
         raise UserError("--plan_by run takes three real steps, and this machine has no NVIDIA GPU; leave it out")
     environment = {key: value for key, value in os.environ.items() if key != "JAX_PLATFORMS"}
-    done = subprocess.run(
-        [sys.executable, "-m", "efficientids.planning.measure"], input=json.dumps(to_mapping(config)), text=True,
-        capture_output=True, env=environment, timeout=_TIMEOUT_S,
-    )  # fmt: skip
+    try:
+        done = subprocess.run(
+            [sys.executable, "-m", "efficientids.planning.measure"], input=json.dumps(to_mapping(config)), text=True,
+            capture_output=True, env=environment, timeout=_TIMEOUT_S,
+        )  # fmt: skip
+    except subprocess.TimeoutExpired as error:
+        raise UserError(f"the three steps took longer than {_TIMEOUT_S} s; leave --plan_by run out") from error
     if done.returncode:
         last = "\n  ".join(done.stderr.strip().splitlines()[-5:])
         raise UserError(f"the three steps ended with exit code {done.returncode}:\n  {last}")

@@ -75,7 +75,8 @@ def attention(need: Need) -> str:
         return "with cuDNN's attention"
     may = "attention" in READS[need.config.recommender] and need.config.attention == "auto"
     if may and need.config.precision == "bfloat16" and not need.config.pack_sequences and cudnn_version() is None:
-        return "with XLA's attention (a GPU takes cuDNN's, which needs less: install nvidia-cudnn to plan it)"
+        how = "pip install --no-deps nvidia-cudnn-cu12"
+        return f"with XLA's attention (a GPU takes cuDNN's, which needs less; to plan it: {how})"
     return "with XLA's attention"
 
 

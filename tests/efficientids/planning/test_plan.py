@@ -147,6 +147,10 @@ def test_the_command_line(capsys: pytest.CaptureFixture[str]) -> None:
     assert code == plan.NOTHING_FITS and "DOES NOT FIT" in text
     with pytest.raises(UserError, match="--device titan: choose one of"):
         run(capsys, "--device=titan")
+    with pytest.raises(UserError, match="--plan_by run takes its steps on one GPU"):
+        cli.main(["--plan_by=run", "--num_devices=4"])
+    with pytest.raises(UserError, match="--force starts a run"):
+        run(capsys, "--force")
     with pytest.raises(UserError, match="trains nothing"):
         run(capsys, "--recommender=popularity", "--seq_len=64")
 
