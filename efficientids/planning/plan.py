@@ -15,7 +15,7 @@ from efficientids.planning.advice import Flags, advise
 from efficientids.planning.candidates import Candidates, Need, Target
 from efficientids.planning.devices import Device, Pool
 from efficientids.planning.search import largest
-from efficientids.systems.base import Scale, System
+from efficientids.systems.base import Scale, System, mesh_shape
 
 NOTHING_FITS = 3
 """The exit code where neither the configuration nor any change that was tried fits."""
@@ -127,8 +127,11 @@ class Planning:
         def peak(size: int) -> int:
             return self._candidates.need(self._with_batch(size), self._count).peak
 
-        found = largest(peak, asked.pool.size, asked.config.batch_size or 1, unit=self._count)
-        self._say(text.largest(found, asked))
+        # A batch holds no user twice: a larger one would be empty rows.
+        users = int((self._candidates.scale.train_lengths >= 2).sum())
+        unit = mesh_shape(asked.config).batch_shards
+        found = largest(peak, asked.pool.size, asked.config.batch_size or 1, unit=unit, most=users)
+        self._say(text.largest(found, users))
         return dataclasses.asdict(found)
 
     def _advice(self) -> dict[str, Any] | None:

@@ -118,11 +118,15 @@ def no_batch(asked: Need) -> str:
     return f"largest batch: none; parameters, gradients and optimiser alone take {gib(asked.estimate.exact)}"
 
 
-def largest(found: Largest, asked: Need) -> str:
-    """The end of the search for a batch size."""
+def largest(found: Largest, users: int) -> str:
+    """The end of the search for a batch size, of at most so many users."""
     if not found.value:
         return f"largest batch: none; --batch_size {found.too_large} is too large already"
-    over = "" if found.too_large is None else f"; {found.too_large} is too large"
+    over = (
+        f"; none larger was tried, for {users:,} users"
+        if found.too_large is None
+        else f"; {found.too_large} is too large"
+    )
     return f"largest batch that fits: --batch_size {found.value} ({gib(found.peak)}){over}"
 
 
