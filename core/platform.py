@@ -16,7 +16,7 @@ CUDA context, cuDNN, NCCL and the display."""
 
 _FRACTIONS = ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION")
 _JAX_FRACTION = 0.75
-# Compiled programs of a run are 1 to 100 MB; the least recently used go first.
+# Beyond it the least recently used programs go first.
 _COMPILATION_CACHE_BYTES = 4 * 2**30
 
 # What the CUDA libraries' static initialisers print on a machine without a driver, before any log level is read; and

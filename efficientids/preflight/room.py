@@ -42,11 +42,12 @@ def check_room(recommender: Recommender, saved: Any, eval_every: int, folder: Pa
     checkpoint = _bytes(nnx.state(model, saved)) + optimizer
     kept = min(KEPT_AT_ONCE, sum(math.ceil(phase.num_steps / eval_every) for phase in phases))
     check_disk(folder, kept * checkpoint, f"{kept} checkpoints of {amount(checkpoint)}, one of them being written")
+    # Of several processes each holds its part at least.
     if jax.default_backend() == "cpu":
-        needed = _bytes(nnx.state(model)) + optimizer + gradients
+        needed = (_bytes(nnx.state(model)) + optimizer + gradients) // jax.process_count()
         check_host_memory(needed, "parameters, gradients and optimiser on the CPU, without activations")
     else:
-        check_host_memory(checkpoint, "the copy of a checkpoint on its way to the disk")
+        check_host_memory(checkpoint // jax.process_count(), "the copy of a checkpoint on its way to the disk")
 
 
 def check_disk(folder: Path, needed: int, what: str) -> None:
