@@ -13,13 +13,14 @@ from safetensors.numpy import load_file
 
 from core.config import LlamaConfig
 from core.llama_loader import LlamaLoader
-from core.read_back import difference, logits, probe
+from core.read_back import difference, logits
 from efficientids.data.dataset import Dataset
 from efficientids.errors import UserError
 from efficientids.exporting import cli, tables
 from efficientids.exporting.llama import open_llama
 from efficientids.loading import load_run, open_run
 from efficientids.train import main as train
+from tests.core.test_hf_export import by_hugging_face
 from tests.efficientids.conftest import Trained
 from tests.efficientids.test_training_modes import LORA, QLORA
 from tests.efficientids.tiny import FROZEN, LLAMA, NUM_ITEMS, SMALL_JOB, flags
@@ -41,14 +42,8 @@ def ours(run: Path) -> np.ndarray:
 
 
 def theirs(folder: Path, adapter: Path | None = None) -> np.ndarray:
-    """The same of Hugging Face's."""
-    torch = pytest.importorskip("torch", reason="Hugging Face's Llama needs torch (requirements-torch.txt)")
-    transformers = pytest.importorskip("transformers")
-    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    if adapter is not None:
-        model = pytest.importorskip("peft").PeftModel.from_pretrained(model, adapter)
-    with torch.no_grad():
-        return model.eval()(torch.from_numpy(probe(LLAMA)).long()).logits.float().numpy()
+    """The same of Hugging Face's, perhaps with PEFT's adapter."""
+    return by_hugging_face(folder, LLAMA, adapter)
 
 
 def close(a: np.ndarray, b: np.ndarray) -> bool:
