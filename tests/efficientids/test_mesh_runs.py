@@ -71,6 +71,7 @@ def test_a_checkpoint_of_eight_devices_restores_on_fewer(on_mesh: Path, tiny_dat
     assert metrics[0] == pytest.approx(metrics[1], abs=1e-6)
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_from_another_mesh(on_mesh: Path, tiny_data: Dataset, tmp_path: Path) -> None:
     given = flags(
         data_dir=tiny_data.path, load_checkpoint=on_mesh, checkpoint_dir=tmp_path / "run", mesh="fsdp=2",

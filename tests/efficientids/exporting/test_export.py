@@ -188,6 +188,7 @@ def test_an_adapter_alone_is_refused_with_the_reason(trained: Trained, tmp_path:
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_adapters_of_a_base_that_is_no_file(tiny_data: Dataset, tmp_path: Path) -> None:
     job = {**SMALL_JOB, "num_steps": 1}
     given = flags(data_dir=tiny_data.path, **job)

@@ -53,6 +53,7 @@ def test_the_7b_training_step_compiles_for_an_rtx_5090() -> None:
     assert abs(need.estimate.total / memory.peak - 1) < 0.1
 
 
+@pytest.mark.slow
 def test_products_without_tiles_are_compiled_otherwise() -> None:
     """Float32 products of this shape end XLA's compilation for a GPU that is not there (jaxlib 0.10.1)."""
     config = TrainConfig(recommender="sasrec", seq_len=200, batch_size=128)
