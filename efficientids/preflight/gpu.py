@@ -44,7 +44,8 @@ class _Needs:
 
 
 # From this compute capability on. Blackwell came with CUDA 12.8, whose driver is 570 (CUDA 12.8 release notes), and
-# cuDNN 9.7 (cudnn-frontend 1.10 and TransformerEngine ask for it); 10.3 is what jax itself asks for (jax/_src/cudnn/fused_attention_stablehlo.py).
+# cuDNN 9.7 (what cudnn-frontend 1.10 and TransformerEngine ask for); 10.3 is what jax itself asks for
+# (jax/_src/cudnn/fused_attention_stablehlo.py).
 _NEEDS: Mapping[Version, _Needs] = {
     (10, 0): _Needs((570,), (12, 8), (9, 7)),
     (10, 3): _Needs((570,), (12, 8), (9, 11)),
