@@ -60,7 +60,7 @@ def at_hand() -> str:
     asked = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
     found = subprocess.run(asked, capture_output=True, text=True, check=True).stdout.splitlines()[0].strip()
     for name, device in DEVICES.items():
-        if device.name in found or found in device.name:
+        if device.is_card(found):
             return name
     sys.exit(f"error: {found} is not in the planner's table; give --device, one of {', '.join(DEVICES)}")
 

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import functools
 import logging
+import shutil
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -141,6 +142,7 @@ class LlamaLoader:
 
         Raises:
             WeightsNotFound: no such folder, no access, or a size without published weights.
+            CheckpointError: no room on the disk for the download.
         """
         if self.path is not None:
             if not Path(self.path).is_dir():
@@ -156,6 +158,8 @@ class LlamaLoader:
             raise WeightsNotFound(f"Llama size {self.model_size!r} has no published weights: it starts at random")
         try:
             return _download(repo, self.revision)
+        except CheckpointError:
+            raise
         except Exception as error:  # the hub's client raises those of its HTTP library too, which differs by version
             reason = str(error).strip().split("\n")[0]
             raise WeightsNotFound(
@@ -164,13 +168,35 @@ class LlamaLoader:
             ) from error
 
 
+def _check_room(repo: str, fetch: Callable[..., Any]) -> None:
+    """Refuses a download that the disk has no room for, before its first byte."""
+    from huggingface_hub import constants
+    from huggingface_hub.errors import DryRunError
+
+    try:
+        wanted = sum(file.file_size for file in fetch(dry_run=True) if file.will_download)
+    except DryRunError:
+        return  # the hub is out of reach: what is in the cache will do, or `fetch` says what is missing
+    cache = Path(constants.HF_HUB_CACHE)
+    free = shutil.disk_usage(next(place for place in (cache, *cache.parents) if place.exists())).free
+    if free < wanted:
+        raise CheckpointError(
+            f"{repo}: {wanted / 2**30:.1f} GiB are to be downloaded to {cache}, where {free / 2**30:.1f} GiB are free; "
+            "free some space, or set HF_HUB_CACHE to a folder on another disk"
+        )
+
+
 def _download(repo: str, revision: str | None) -> Path:
     """The snapshot of a repository, from the cache where it is complete; `.bin` files only where no others exist."""
     from huggingface_hub import snapshot_download
 
     def get(*patterns: str) -> Path:
         # Sub-folders hold the same weights in other formats.
-        return Path(snapshot_download(repo, revision=revision, allow_patterns=list(patterns), ignore_patterns=["*/*"]))
+        fetch = functools.partial(
+            snapshot_download, repo, revision=revision, allow_patterns=list(patterns), ignore_patterns=["*/*"]
+        )
+        _check_room(repo, fetch)
+        return Path(fetch())
 
     folder = get("*.safetensors", "*.json", "tokenizer.model")
     return folder if any(folder.glob("*.safetensors")) else get("pytorch_model*.bin", "*.json", "tokenizer.model")

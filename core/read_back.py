@@ -19,6 +19,7 @@ from core.hf_names import places
 from core.layers import Init
 from core.llama import Compute
 from core.llama_loader import abstract_model
+from core.quantized import Format
 from core.weight_writing import Tensor
 
 TOLERANCE = 1e-4
@@ -73,12 +74,16 @@ def probe(config: LlamaConfig) -> np.ndarray:
     return np.stack([np.arange(length) % config.vocab_size, random]).astype(np.int32)
 
 
-def logits(params: nnx.State, config: LlamaConfig, added: Adapters | None = None) -> np.ndarray:
+def logits(
+    params: nnx.State, config: LlamaConfig, added: Adapters | None = None, quantize: Format | None = None
+) -> np.ndarray:
     """The logits float32 [B, T, V] of a Llama's parameters after `probe`, adapters beside the weights; in float32.
 
-    `params` may be of any dtype: one layer at a time is widened.
+    `params` may be of any dtype, or its layers in the format `quantize`: one layer at a time is widened.
     """
-    model, abstract = abstract_model(config, Compute(), Init(lora=None if added is None else added.lora))
+    model, abstract = abstract_model(
+        config, Compute(), Init(quantize=quantize, lora=None if added is None else added.lora)
+    )
     arrays = dict(nnx.to_flat_state(params))
     for path, leaf in nnx.to_flat_state(abstract):
         if path not in arrays:  # an adapter's half

@@ -36,9 +36,7 @@ def _table() -> str:
     return "\n\n".join(lines)
 
 
-_DESCRIPTION = f"""{TrainConfig.__doc__}
-
---config FILE: a YAML file of these flags; flags win.
+_DESCRIPTION = f"""--config FILE: a YAML file of these flags; flags win.
 
 All recommenders read {", ".join(f"--{name}" for name in sorted(frozenset.intersection(*READS.values())))}.
 Of the others each reads these, and refuses the rest:
@@ -46,8 +44,12 @@ Of the others each reads these, and refuses the rest:
 {_table()}"""
 
 
-def parse(arguments: Sequence[str], prog: str = "train_llama.py") -> TrainConfig:
+def parse(arguments: Sequence[str], prog: str = "train_llama.py", what: str | None = None) -> TrainConfig:
     """Flags (with `--config FILE` among them) → configuration; prints help or a usage error and exits as flags do.
+
+    Args:
+        prog: the command's name in its help.
+        what: what it does, on top of the help; None: it trains.
 
     Raises:
         UserError: the file is missing or has unknown keys or ill-typed values; flags that exclude each other.
@@ -63,7 +65,8 @@ def parse(arguments: Sequence[str], prog: str = "train_llama.py") -> TrainConfig
             if flag in flags and counterpart not in flags:
                 from_file.pop(counterpart, None)
     # Of two values for one option the last wins.
-    config = command_line(TrainConfig, [*_flat(from_file), *rest], prog=prog, description=_DESCRIPTION)
+    description = f"{what or TrainConfig.__doc__}\n\n{_DESCRIPTION}"
+    config = command_line(TrainConfig, [*_flat(from_file), *rest], prog=prog, description=description)
     check(config)
     return config
 

@@ -29,7 +29,8 @@ class RunOptions:
     log_every: int = 50
     """Steps a printed line."""
     eval_every: int | None = None
-    """Steps between validations, each followed by a checkpoint. Default: once an epoch, at least every 1,000 steps."""
+    """Steps between validations, each followed by a checkpoint. Default: once an epoch, or every 1000 steps where
+    an epoch is longer."""
     patience: int = 0
     """Stop after this many validations without a better NDCG@10; 0: never."""
     coordinator: str | None = None

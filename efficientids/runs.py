@@ -16,8 +16,10 @@ import os
 import platform
 import re
 import shutil
+import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -81,9 +83,13 @@ class RunFolder:
 
     @contextmanager
     def starting(self) -> Iterator[None]:
-        """Around the work before the first step: if it fails, the folder (which was empty) goes away again."""
+        """Around the work before the first step: if it fails, the folder (which was empty) goes away again.
+
+        SIGTERM, as Slurm and Kubernetes send it, is such a failure, and would otherwise end the process on the spot.
+        """
         try:
-            yield
+            with _terminated_as_exit():
+                yield
         except BaseException:
             if not processes.is_first():
                 raise
@@ -173,6 +179,23 @@ def environment() -> dict[str, Any]:
         "devices": [device.device_kind for device in devices],
         "versions": versions,
     }
+
+
+@contextmanager
+def _terminated_as_exit() -> Iterator[None]:
+    """SIGTERM raises SystemExit in here; in a thread, where Python sets no handlers, all stays as it is."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def leave(number: int, frame: Any) -> None:
+        raise SystemExit(128 + number)
+
+    before = signal.signal(signal.SIGTERM, leave)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _commit() -> str | None:

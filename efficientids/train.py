@@ -37,15 +37,18 @@ from efficientids.preflight.room import check_room
 from efficientids.recommenders.base import Recommender, in_base
 from efficientids.runs import RunFolder
 from efficientids.systems.base import Scale, System, describe, refuse_unread
-from efficientids.systems.llama import base_is_frozen
+from efficientids.systems.llama import base_is_frozen, weights_folder
 from efficientids.tracking.tensorboard import TensorBoard
 from efficientids.tracking.trackers import Tracker, chosen_trackers
 from efficientids.training.trainer import TrainerOptions, Validate, train
 
 
-def main(arguments: Sequence[str]) -> int:
-    """Parses flags and does the job; returns the exit code."""
-    config = parse(arguments)
+def main(arguments: Sequence[str], prog: str = "train_llama.py", what: str | None = None) -> int:
+    """Parses flags and does the job; returns the exit code.
+
+    `prog`, `what`: the command's name and description in its help.
+    """
+    config = parse(arguments, prog, what)
     if config.estimate_memory_only:
         # A GPU that is here is left to whoever uses it, and to the three steps of `--plan_by run`.
         jax.config.update("jax_platforms", "cpu")
@@ -141,14 +144,16 @@ def _start(
         model = loading.adopt(earlier, recommender, system, config.seed, mesh)
         log.say(f"parameters of {earlier.where} at step {earlier.step}; optimiser and step count start anew")
         return recommender, model, frozen_weights
-    folder = system.weights(config)
-    if folder is not None:
+    pretrained = system.pretrained(config)
+    by_reference = pretrained and base_is_frozen(config)
+    # From shapes alone: weights may be gigabytes to download.
+    check_room(system.planned(config, Scale.of(dataset)), _saved(by_reference), _eval_every(config), run.path)
+    if pretrained:
+        folder = weights_folder(config)
         log.say(f"weights: {folder}")
     recommender = system.recommender(config, dataset, None)
-    by_reference = folder is not None and base_is_frozen(config)
-    check_room(recommender, _saved(by_reference), _eval_every(config), run.path)
     model = system.start(recommender, config, mesh)
-    if folder is None or not by_reference:
+    if not by_reference:
         return recommender, model, None
     return recommender, model, {"path": str(folder.resolve()), "sha256": weights_checksum(folder)}
 

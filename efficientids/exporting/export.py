@@ -23,7 +23,7 @@ from efficientids.exporting.llama import (
     write_adapter,
     write_merged,
 )  # fmt: skip
-from efficientids.exporting.readme import readme, rounding_text, table_of
+from efficientids.exporting.readme import quantizing_text, readme, rounding_text, table_of
 from efficientids.exporting.writer import Writer
 from efficientids.loading import LoadedRun, open_run
 
@@ -123,17 +123,20 @@ def _as_tables(job: Job, writer: Writer, say: Callable[[str], None]) -> _Made:
 def _as_llama(job: Job, writer: Writer, say: Callable[[str], None]) -> _Made:
     """The Llama for Hugging Face's programs, and the rest of the recommender beside it."""
     loaded, llama = open_llama(job.run, job.step)
-    facts = _facts(job, loaded, llama.added, "none")
+    facts = _facts(job, loaded, llama.added, llama.quantize or "none") | {"quantize": "none"}
     found = tables.variables(skeleton(loaded), with_llama=False)
     say(f"the Llama: {'from ' + str(llama.folder) if llama.folder else 'from the checkpoint'}, writing")
     check: dict[str, Any] = {"compared": "logits", "tolerance": TOLERANCE}
     if job.format == "peft":
-        files, facts["base_model"], check["error"] = write_adapter(llama, job.run, writer)
+        files, facts["base_model"], found_off = write_adapter(llama, job.run, writer)
+        check |= found_off
     else:
         files, wanted = write_merged(llama, job.dtype, writer)
-        check |= {"rounding": wanted.rounding, "adapters": wanted.adapters}
+        check |= {"rounding": wanted.rounding, "adapters": wanted.adapters, "quantizing": wanted.quantizing}
     beside = writer.tensors({name: variable.tensor for name, variable in found.items()}, "recommender")
     table, config = table_of(found), llama.config
+    if check["quantizing"] is not None:
+        say(f"note: {quantizing_text(facts['trained_with_quantize'], check)}")
     del loaded, llama, found  # one Llama in memory is enough
     if job.format == "hf":
         say("reading it back")
@@ -152,4 +155,5 @@ def _facts(job: Job, loaded: LoadedRun, added: Adapters | None, quantize: str) -
         "dataset": loaded.description["dataset"],
         "lora": None if added is None else {**dataclasses.asdict(added.lora), "scale": added.lora.scale},
         "quantize": quantize,
+        "trained_with_quantize": quantize,
     }

@@ -18,6 +18,7 @@ from core.llama import Llama
 from core.llama_loader import LlamaLoader
 from core.lora import is_adapter
 from core.peft_export import peft_config, peft_merged, peft_tensors
+from core.quantized import Format
 from core.read_back import TOLERANCE, ReadBackError, compare, difference, logits, merged_params, rounds
 from core.weight_writing import Tensor
 from efficientids.errors import UserError
@@ -25,7 +26,7 @@ from efficientids.exporting.companions import Source, copy_companions, started_f
 from efficientids.exporting.writer import Writer
 from efficientids.loading import LoadedRun, frozen_folder, open_saved
 from efficientids.systems.base import abstract
-from efficientids.systems.llama import base_is_frozen
+from efficientids.systems.llama import base_is_frozen, llama_init
 
 _ADAPTER, _ADAPTER_CONFIG = "adapter_model", "adapter_config.json"
 
@@ -34,11 +35,13 @@ class Check(NamedTuple):
     """The logits after the probe that a checkpoint must give, and how they differ from others (`difference`).
 
     rounding: from the run's own, by the dtype alone. adapters: the base's from the run's own; None without adapters.
+    quantizing: the run's own from those on the quantised base that it trained on; None where that was whole.
     """
 
     expected: np.ndarray
     rounding: float
     adapters: float | None
+    quantizing: float | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,6 +55,7 @@ class RunLlama:
         saved: the base of a checkpoint; None where it is in `folder`.
         came_from: the folder that the base started from, if it is there.
         why_no_adapter: why it cannot be given away as an adapter; None where it can.
+        quantize: how the run held the base in `folder`, which is read whole here; None: whole, too.
     """
 
     config: LlamaConfig
@@ -60,6 +64,7 @@ class RunLlama:
     saved: nnx.State | None
     came_from: Path | None
     why_no_adapter: str | None
+    quantize: Format | None
 
     def params(self) -> nnx.State:
         """The base, in the dtype of its file or checkpoint."""
@@ -67,6 +72,13 @@ class RunLlama:
             assert self.saved is not None
             return self.saved
         return LlamaLoader(path=self.folder).load_model()[1]
+
+    def quantizing(self, own: np.ndarray) -> float | None:
+        """How far the logits `own` are from those on the base as the run held it; None where that was whole."""
+        if self.quantize is None:
+            return None
+        params = LlamaLoader(path=self.folder).load_model(quantize=self.quantize)[1]
+        return difference(own, logits(params, self.config, self.added, self.quantize))
 
     def base(self) -> dict[str, Tensor]:
         """The base, tensor by tensor."""
@@ -82,8 +94,9 @@ def open_llama(run: Path, step: int | None) -> tuple[LoadedRun, RunLlama]:
     Raises:
         UserError: no Llama is in it, or its base is quantised for good.
     """
-    loaded = open_saved(run, step)
+    loaded, quantize = open_saved(run, step), None
     if loaded.config.quantize != "none" and loaded.description["frozen_weights"] is not None:
+        quantize = llama_init(loaded.config).quantize
         loaded = open_saved(loaded.where, loaded.step, like=dataclasses.replace(loaded.config, quantize="none"))
     model = skeleton(loaded)
     llama = _llama(model)
@@ -95,7 +108,8 @@ def open_llama(run: Path, step: int | None) -> tuple[LoadedRun, RunLlama]:
     folder, added = frozen_folder(loaded), run_adapters(model)
     saved = None if folder is not None else nnx.filter_state(loaded.params["llama"], nnx.Not(is_adapter))
     came_from = folder or started_from(loaded.config)
-    return loaded, RunLlama(llama.config, added, folder, saved, came_from, _why_no_adapter(loaded, added, folder))
+    why = _why_no_adapter(loaded, added, folder)
+    return loaded, RunLlama(llama.config, added, folder, saved, came_from, why, quantize)
 
 
 def skeleton(loaded: LoadedRun) -> nnx.Module:
@@ -159,7 +173,7 @@ def _check(llama: RunLlama, dtype: np.dtype[Any] | None) -> Check:
     own = logits(params, llama.config, llama.added)
     adapters = None if llama.added is None else difference(logits(params, llama.config), own)
     expected = logits(merged_params(params, llama.config, llama.added, dtype), llama.config)
-    return Check(expected, difference(expected, own), adapters)
+    return Check(expected, difference(expected, own), adapters, llama.quantizing(own))
 
 
 def read_merged(folder: Path, config: LlamaConfig, check: Check) -> float:
@@ -174,11 +188,12 @@ def read_merged(folder: Path, config: LlamaConfig, check: Check) -> float:
     return compare(logits(params, config), check.expected)
 
 
-def write_adapter(llama: RunLlama, run: Path, writer: Writer) -> tuple[dict[str, str], str, float]:
+def write_adapter(llama: RunLlama, run: Path, writer: Writer) -> tuple[dict[str, str], str, dict[str, Any]]:
     """Writes a PEFT adapter, reads it back, merges it as PEFT does and compares.
 
     Returns:
-        Its weight file → sha256, the base's name, and how far the logits are off.
+        Its weight file → sha256, the base's name, and how far the logits are off: read back (`error`), and from those
+        on the base as the run held it (`quantizing`, see `Check`).
 
     Raises:
         UserError: an adapter cannot hold what trained.
@@ -198,4 +213,5 @@ def write_adapter(llama: RunLlama, run: Path, writer: Writer) -> tuple[dict[str,
     expected = logits(params, llama.config, llama.added)
     settings = json.loads((writer.folder / _ADAPTER_CONFIG).read_text())
     params = peft_merged(params, llama.config, load_file(writer.folder / f"{_ADAPTER}.safetensors"), settings)
-    return files, source.name, compare(logits(params, llama.config), expected)
+    off = compare(logits(params, llama.config), expected)
+    return files, source.name, {"error": off, "quantizing": llama.quantizing(expected)}

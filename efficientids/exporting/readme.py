@@ -87,6 +87,7 @@ def _origin(facts: Mapping[str, Any]) -> str:
         f"(fingerprint {data['fingerprint']}, sha256 of its item ids {data['items_sha256']}).",
         f"Read back after writing, and its {check['compared']} compared with those it must have{far}.",
         *([f"In all, {rounding_text(check)}."] if check.get("rounding") else []),
+        *([f"{quantizing_text(facts['trained_with_quantize'], check)}."] if check.get("quantizing") else []),
         "`export.json` has the sha256 of every weight file.",
     ]
     return "\n".join(lines)
@@ -96,6 +97,14 @@ def rounding_text(check: Mapping[str, Any]) -> str:
     """What merging and rounding do to the logits, beside what the adapters do."""
     adapters = "" if check["adapters"] is None else f", and the adapters by {check['adapters']:.1e}"
     return f"rounding the weights moves the run's logits by {check['rounding']:.1e} of the largest{adapters}"
+
+
+def quantizing_text(quantize: str, check: Mapping[str, Any]) -> str:
+    """What the whole base in place of the quantised one does to the logits."""
+    return (
+        f"The run trained on a base held in {quantize}; on the whole one, which is what this is for, its logits are "
+        f"{check['quantizing']:.1e} of the largest apart from those in training"
+    )
 
 
 def table_of(found: Mapping[str, Variable]) -> str:

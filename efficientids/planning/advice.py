@@ -38,30 +38,61 @@ def advise(
 ) -> Advice | None:
     """The cheapest change of an unresolved configuration with which it fits, else the cheapest sum of them.
 
+    Of a sum each change is needed: without it, it would not fit.
+
     Args:
         tried: told of each configuration that was looked at.
     """
-    seen: set[TrainConfig] = set()
+    search = _Search(candidates, config, devices, tried)
     applicable = [change for change in CHANGES if change.sets <= READS[config.recommender]]
-    for together in (False, True):
-        flags: Flags = {}
-        costs: list[str] = []
-        for change in applicable:
-            more = change.flags(candidates, dataclasses.replace(config, **flags), devices)
-            if more is None:
-                continue
-            flags = {**flags, **more} if together else more
-            costs = [*costs, change.cost] if together else [change.cost]
-            trial = dataclasses.replace(config, **flags)
-            if trial not in seen:
-                seen.add(trial)
-                need = candidates.need(trial, devices)
-                tried(flags, need)
-                if need.fits:
-                    return Advice(flags, "; ".join(costs), need)
-            if not together:
-                flags = {}
+    for change in applicable:
+        found = search.sum_of([change])
+        if found is not None and found.need.fits:
+            return found
+    for count in range(2, len(applicable) + 1):
+        found = search.sum_of(applicable[:count])
+        if found is not None and found.need.fits:
+            return _without_the_needless(search, applicable[:count], found)
     return None
+
+
+class _Search:
+    """Sums of changes, each looked at once."""
+
+    def __init__(
+        self, candidates: Candidates, config: TrainConfig, devices: int, tried: Callable[[Flags, Need], None]
+    ) -> None:
+        self._candidates, self._config, self._devices, self._tried = candidates, config, devices, tried
+        self._seen: set[TrainConfig] = {config}
+
+    def sum_of(self, changes: Sequence[Change]) -> Advice | None:
+        """What they come to; None if none of them changes anything. A micro-batch is chosen with all others made."""
+        flags: Flags = {}
+        costs = []
+        for change in sorted(changes, key=lambda change: change.sets == _BATCH_FLAGS):
+            more = change.flags(self._candidates, dataclasses.replace(self._config, **flags), self._devices)
+            if more is not None:
+                flags |= more
+                costs.append(change.cost)
+        if not flags:
+            return None
+        trial = dataclasses.replace(self._config, **flags)
+        need = self._candidates.need(trial, self._devices)
+        if trial not in self._seen:
+            self._seen.add(trial)
+            self._tried(flags, need)
+        return Advice(flags, "; ".join(costs), need)
+
+
+def _without_the_needless(search: _Search, changes: Sequence[Change], found: Advice) -> Advice:
+    """The sum without changes, the dearest first, that the others make needless; the last one made it fit."""
+    kept = list(changes)
+    for change in reversed(changes[:-1]):
+        fewer = [other for other in kept if other is not change]
+        without = search.sum_of(fewer)
+        if without is not None and without.need.fits:
+            kept, found = fewer, without
+    return found
 
 
 def words(flags: Flags) -> list[str]:

@@ -51,6 +51,10 @@ class Device:
     peer_to_peer: bool
     source: str
 
+    def is_card(self, kind: str) -> bool:
+        """Whether a GPU that calls itself `kind` is one of these."""
+        return self.name in kind or kind in self.name
+
     def target_config(self) -> str:
         """The device as the text of a `GpuTargetConfigProto`."""
         major, minor = self.compute_capability

@@ -77,7 +77,7 @@ class Planning:
         found = self._facts(need)
         if asked.plan_by == "run":
             found["measured"] = measure.three_steps(asked)
-            say(text.measured(found["measured"], need))
+            say(text.measured(found["measured"], need, self._device))
         if asked.quick:
             return found
         found["devices"] = self._device_counts(need)

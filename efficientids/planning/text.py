@@ -85,12 +85,15 @@ def _hopeless(need: Need) -> bool:
     return need.estimate.exact > need.pool.size
 
 
-def measured(found: dict[str, Any], need: Need) -> str:
-    """Three real steps against the plan."""
+def measured(found: dict[str, Any], need: Need, device: Device) -> str:
+    """Three real steps against the plan; a plan for another card is nothing to compare them with."""
     peak = found["peak_bytes"]
+    against = f"the plan says {gib(need.peak)} ({need.peak / peak - 1:+.1%})"
+    if not device.is_card(found["device"]):
+        against = f"the plan is for another card ({device.name}): give the --device that is here to compare them"
     return (
-        f"measured on {found['device']}: peak {gib(peak)} in {found['steps']} steps, the plan says {gib(need.peak)} "
-        f"({need.peak / peak - 1:+.1%}); the last step took {found['step_seconds'] * 1e3:,.3g} ms\n"
+        f"measured on {found['device']}: peak {gib(peak)} in {found['steps']} steps, {against}; "
+        f"the last step took {found['step_seconds'] * 1e3:,.3g} ms\n"
     )
 
 

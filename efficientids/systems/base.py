@@ -76,8 +76,8 @@ class System(Protocol):
     def start(self, recommender: Recommender, config: TrainConfig, mesh: Mesh | None = None) -> nnx.Module:
         """The model before its first step, made where it is to lie: nothing of it is whole on a device of `mesh`."""
 
-    def weights(self, config: TrainConfig) -> Path | None:
-        """The folder of the pretrained weights that the model starts from; None: it starts at random."""
+    def pretrained(self, config: TrainConfig) -> bool:
+        """Whether its Llama starts from weight files (`systems.llama.weights_folder`); False: all starts at random."""
 
     def planned(self, config: TrainConfig, scale: Scale) -> Recommender:
         """As `recommender` for a resolved configuration, without data: to be seen through `jax.eval_shape` only."""

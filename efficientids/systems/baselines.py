@@ -34,9 +34,9 @@ class CountedSystem:
         """None: nothing trains."""
         return None
 
-    def weights(self, config: TrainConfig) -> Path | None:
-        """None: there are no published weights."""
-        return None
+    def pretrained(self, config: TrainConfig) -> bool:
+        """False: there are no published weights."""
+        return False
 
     def start(self, recommender: Recommender, config: TrainConfig, mesh: Mesh | None = None) -> nnx.Module:
         """The counted model."""

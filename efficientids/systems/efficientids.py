@@ -137,15 +137,15 @@ class EfficientIDSSystem:
             ),
         )
 
-    def weights(self, config: TrainConfig) -> Path | None:
-        """See `System.weights`."""
-        return None if starts_at_random(config) else weights_folder(config)
+    def pretrained(self, config: TrainConfig) -> bool:
+        """See `System.pretrained`."""
+        return not starts_at_random(config)
 
     def start(self, recommender: Recommender, config: TrainConfig, mesh: Mesh | None = None) -> nnx.Module:
         """At random, or with the pretrained Llama in its place."""
-        folder = self.weights(config)
-        if folder is None:
+        if not self.pretrained(config):
             return base.start_at_random(recommender, config, mesh)
+        folder = weights_folder(config)
         differing = base.differing_fields(LlamaConfig.from_hf(folder), recommender.spec.model.llama)
         if differing:
             listed = "\n  ".join(differing)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from flax import nnx
@@ -57,9 +56,9 @@ class SASRecSystem:
             _spec(config, dataset.catalogue_size), base.training(config, config.seq_len, dataset, b2=_B2)
         )
 
-    def weights(self, config: TrainConfig) -> Path | None:
-        """None: there are no published weights."""
-        return None
+    def pretrained(self, config: TrainConfig) -> bool:
+        """False: there are no published weights."""
+        return False
 
     def start(self, recommender: Recommender, config: TrainConfig, mesh: Mesh | None = None) -> nnx.Module:
         """At random."""

@@ -7,13 +7,14 @@ import json
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import huggingface_hub.constants
 import pytest
 
 from core.config import LLAMA_SIZES, LlamaSize
 from core.llama_loader import LlamaLoader
-from core.weight_files import WeightsNotFound
+from core.weight_files import CheckpointError, WeightsNotFound
 from tests.core.checkpoints import SMALL, assert_same, tensors_of, write
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -21,7 +22,7 @@ TOKEN = "hf_standinstandinstandin"
 
 
 class Hub(http.server.BaseHTTPRequestHandler):
-    """One gated repository, `toys/toy`: its listing, its files, and a list of the files asked for."""
+    """One gated repository, `toys/toy`: its listing, its files, and a list of the files that were sent."""
 
     protocol_version = "HTTP/1.1"
     folder: Path
@@ -44,7 +45,7 @@ class Hub(http.server.BaseHTTPRequestHandler):
         prefix = f"/toys/toy/resolve/{COMMIT}/"
         if path.startswith(prefix) and (self.folder / path.removeprefix(prefix)).is_file():
             name = path.removeprefix(prefix)
-            self.asked.append(name)
+            self.asked += [name] * (self.command == "GET")
             return self.answer(200, (self.folder / name).read_bytes(), {"ETag": f'"{name}"', "X-Repo-Commit": COMMIT})
         return self.answer(404, b"{}")
 
@@ -92,6 +93,16 @@ def test_a_size_is_downloaded_once_without_what_is_not_needed(hub: type[Hub], tm
     assert set(hub.asked) == wanted
     hub.asked.clear()
     LlamaLoader("toy").load_model()
+    assert not hub.asked
+
+
+def test_a_download_without_room_is_refused_before_its_first_byte(
+    hub: type[Hub], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(hub.folder, SMALL, tensors_of(SMALL))
+    monkeypatch.setattr("core.llama_loader.shutil.disk_usage", lambda _: SimpleNamespace(free=100))
+    with pytest.raises(CheckpointError, match=r"toys/toy: .* GiB are to be downloaded .* set HF_HUB_CACHE"):
+        LlamaLoader("toy").load_model()
     assert not hub.asked
 
 

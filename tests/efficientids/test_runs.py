@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import shutil
+import signal
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -182,6 +185,17 @@ def test_a_start_that_fails_leaves_nothing(tmp_path: Path) -> None:
         run.metrics.write_text("{}")
         raise KeyboardInterrupt
     assert not run.path.exists()
+
+
+def test_a_start_that_is_terminated_leaves_nothing(tmp_path: Path) -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    run = RunFolder.create(tmp_path / "run")
+    with pytest.raises(SystemExit) as error, run.starting():
+        (run.path / "data").mkdir()
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(10)
+    assert error.value.code == 143 and not run.path.exists()
+    assert signal.getsignal(signal.SIGTERM) is before
 
 
 def test_a_bfloat16_base_becomes_float32_masters(trained: Trained, tmp_path: Path) -> None:

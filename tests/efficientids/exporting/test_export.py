@@ -13,6 +13,7 @@ from safetensors.numpy import load_file
 
 from core.config import LlamaConfig
 from core.llama_loader import LlamaLoader
+from core.lora import is_adapter
 from core.read_back import difference, logits
 from efficientids.data.dataset import Dataset
 from efficientids.errors import UserError
@@ -41,6 +42,14 @@ def ours(run: Path) -> np.ndarray:
     return logits(llama.params(), llama.config, llama.added)
 
 
+def in_training(run: Path) -> np.ndarray:
+    """Those of the run as it trained, on an nf4 base."""
+    loaded = open_run(run)
+    params = nnx.State({"llama": loaded.params["llama"]})["llama"]
+    added = open_llama(run, None)[1].added
+    return logits(nnx.filter_state(params, nnx.Not(is_adapter)), LLAMA, added, "nf4")
+
+
 def theirs(folder: Path, adapter: Path | None = None) -> np.ndarray:
     """The same of Hugging Face's, perhaps with PEFT's adapter."""
     return by_hugging_face(folder, LLAMA, adapter)
@@ -62,6 +71,13 @@ def test_hugging_face_loads_the_merged_llama(
     assert facts["read_back"]["error"] <= facts["read_back"]["tolerance"] == 1e-4
     found = theirs(folder)
     assert close(found, ours(run))
+    quantizing = facts["read_back"]["quantizing"]
+    assert facts["quantize"] == "none" and facts["trained_with_quantize"] == ("nf4" if mode == "qlora" else "none")
+    if mode == "qlora":
+        assert quantizing == pytest.approx(difference(found, in_training(run)), rel=1e-2) and quantizing > 1e-3
+        assert f"{quantizing:.1e} of the largest apart from those in training" in (folder / "README.md").read_text()
+    else:
+        assert quantizing is None
     # The pretrained one, where nothing of the Llama trained; another one elsewhere.
     assert close(found, theirs(weights)) == (mode == "frozen")
     assert LlamaConfig.from_hf(folder) == LLAMA
@@ -77,6 +93,8 @@ def test_peft_loads_the_adapter(trained: Trained, weights: Path, tmp_path: Path,
     folder = exported(run, tmp_path / "out", "peft")
     found = theirs(weights, folder)
     assert close(found, ours(run)) and not close(found, theirs(weights))
+    quantizing = json.loads((folder / "export.json").read_text())["read_back"]["quantizing"]
+    assert (quantizing is None) == (mode == "lora") and (quantizing is None or quantizing > 1e-3)
     settings = json.loads((folder / "adapter_config.json").read_text())
     assert settings["target_modules"] == ["down_proj", "q_proj", "v_proj"]
     assert settings["base_model_name_or_path"] == str(weights) and settings["lora_dropout"] == 0.1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -10,7 +11,8 @@ import pytest
 from efficientids.errors import UserError
 from efficientids.log import RunLog
 from efficientids.options import TrainConfig
-from efficientids.planning import measure, start
+from efficientids.planning import measure, start, text
+from efficientids.planning.devices import DEVICES
 
 
 class Counting:
@@ -59,3 +61,11 @@ def test_a_run_says_what_it_came_to(monkeypatch: pytest.MonkeyPatch, tmp_path: A
     start.log_peak(2**30, log)
     assert '"peak_bytes": 2147483648' in (tmp_path / "metrics.jsonl").read_text()
     assert "the plan said 1.00 GiB for a step, the run came to 2.00 GiB" in capsys.readouterr().out
+
+
+def test_another_card_is_no_measure_of_the_plan() -> None:
+    found = {"device": "NVIDIA H100 80GB HBM3", "peak_bytes": 2**30, "steps": 3, "step_seconds": 0.1}
+    need: Any = SimpleNamespace(peak=2**31)
+    assert "the plan says 2.00 GiB (+100.0%)" in text.measured(found, need, DEVICES["h100"])
+    other = text.measured(found, need, DEVICES["rtx5090"])
+    assert "%" not in other and "for another card (NVIDIA GeForce RTX 5090)" in other
