@@ -20,12 +20,13 @@ from efficientids import loading, processes, systems
 from efficientids.config import parse, to_mapping
 from efficientids.data.dataset import Dataset
 from efficientids.data.generated import generate
+from efficientids.errors import UserError
 from efficientids.evaluation.evaluate import evaluate
 from efficientids.evaluation.of_run import evaluate_run
 from efficientids.evaluation.samples import sample_recommendations
 from efficientids.evaluation.text import as_text
 from efficientids.log import RunLog, duration
-from efficientids.options import TrainConfig
+from efficientids.options import READS, TrainConfig
 from efficientids.pages.run_report import ReportPage
 from efficientids.pages.samples import make_samples, write_samples
 from efficientids.planning.measure import scale_of
@@ -57,6 +58,8 @@ def main(arguments: Sequence[str], prog: str = "train_llama.py", what: str | Non
         processes.join(config.coordinator, config.num_processes, config.process_id)
     # How a run was launched is in its environment.json, and no part of what it is.
     config = dataclasses.replace(config, coordinator=None, num_processes=None, process_id=None)
+    if jax.process_count() > 1 and "mesh" not in READS[config.recommender]:
+        raise UserError(f"--recommender {config.recommender} counts in one process; start one, without srun's tasks")
     start_devices()
     system = systems.get(config.recommender)
     refuse_unread(config)

@@ -234,3 +234,8 @@ def test_evaluate_and_recommend_need_a_run_and_its_data(place: Place, trained: T
     none = place.here / "none"
     assert "none: no such folder" in place.error(command, "--run", run, "--data_dir", none, *output)
     assert not (place.here / "recs.parquet").exists()
+
+
+def test_what_counts_runs_in_one_process(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("jax.process_count", lambda: 2)
+    assert "counts in one process; start one" in place.train_error("--recommender=popularity")

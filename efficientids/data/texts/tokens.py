@@ -79,11 +79,20 @@ def _table(tokens: np.ndarray, offsets: np.ndarray, max_tokens: int) -> np.ndarr
 
 
 def _bos(encoder: Tokenizer, tokenizer: Path) -> int:
+    """What a sequence starts with: the tokenizer's bos_token, or where it has none (Qwen) the model's bos_token_id."""
     file = tokenizer.with_name("tokenizer_config.json")
     try:
         named = json.loads(file.read_text())["bos_token"]
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"{file}: no bos_token to start a sequence with ({error})") from error
+    if named is None:
+        model = tokenizer.with_name("config.json")
+        try:
+            return int(json.loads(model.read_text())["bos_token_id"])
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise UserError(
+                f"{file} has no bos_token, and {model} no bos_token_id to start with ({error!r})"
+            ) from error
     text = named["content"] if isinstance(named, dict) else named
     bos = encoder.token_to_id(text) if isinstance(text, str) else None
     if bos is None:

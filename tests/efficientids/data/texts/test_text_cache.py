@@ -280,3 +280,13 @@ def test_real_titles_and_tokenizer(real_data: Path, cache: Path) -> None:
         for row, title in zip(got[1:], titles, strict=True):
             assert row[row >= 0].tolist() == encoder.encode(title, add_special_tokens=False).ids[:40]
     assert len(entries(cache)) == 1
+
+
+def test_a_tokenizer_without_bos_starts_as_its_model_says(cache: Path, tokenizer: Path) -> None:
+    """Qwen's has none; its config.json names <|endoftext|> as bos_token_id."""
+    tokenizer.with_name("tokenizer_config.json").write_text('{"bos_token": null}')
+    with pytest.raises(UserError, match=r"has no bos_token, and .*config\.json no bos_token_id"):
+        table(tokenizer)
+    items = pl.DataFrame({"title": TITLES}, schema={"title": pl.String})
+    tokenizer.with_name("config.json").write_text('{"bos_token_id": 2}')
+    assert title_table(items, parse("{title}"), tokenizer, K, len(WORDS))[1] == 2
