@@ -21,9 +21,9 @@ test: $(VENV)/.installed-dev
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -n 2 --dist loadfile
 
-# Every test with the slow ones on real data, too.
+# The slow tests, on real data and others, that `make test` leaves out.
 test-real: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m "slow or not slow"
+	$(BIN)/python -m pytest -n 2 --dist load -m slow
 
 install: $(VENV)/.installed
 

@@ -10,6 +10,7 @@ import core  # isort: skip  # noqa: F401  # before jax: keeps its CUDA plugin qu
 
 import jax
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 
 # For the tests of meshes. What names no mesh runs on the first of them alone, as on any machine.
 jax.config.update("jax_num_cpu_devices", 8)
@@ -51,3 +52,27 @@ def real_data() -> Path:
 def golden() -> Path:
     """The folder of golden values of the released code."""
     return _shared("EFFICIENTIDS_GOLDEN", "golden")
+
+
+@pytest.fixture(scope="session")
+def programs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where compiled programs are kept for the rest of the session: many tests train the same ones."""
+    return tmp_path_factory.mktemp("programs")
+
+
+@pytest.fixture(scope="module")
+def quick_compile(programs: Path) -> Iterator[None]:
+    """Compiles once and with few optimisations: here programs run for milliseconds and compile for seconds."""
+    settings = {
+        "jax_disable_most_optimizations": (True, False),
+        "jax_compilation_cache_dir": (str(programs), None),
+        "jax_persistent_cache_min_compile_time_secs": (0.0, 1.0),
+    }
+    for name, (here, _) in settings.items():
+        jax.config.update(name, here)
+    # jax looks for the folder only at the first compilation of a process.
+    compilation_cache.reset_cache()
+    yield
+    for name, (_, elsewhere) in settings.items():
+        jax.config.update(name, elsewhere)
+    compilation_cache.reset_cache()

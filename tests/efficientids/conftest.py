@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
-import jax
 import pytest
-from jax.experimental.compilation_cache import compilation_cache
 
 from efficientids.data.dataset import Dataset
 from efficientids.data.generated import generate
@@ -18,30 +16,6 @@ from tests.efficientids.tiny import LLAMA, NUM_ITEMS, NUM_USERS, SMALL_JOB, flag
 
 # name, flags → the folder of a finished run
 Trained = Callable[..., Path]
-
-
-@pytest.fixture(scope="session")
-def programs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where compiled programs are kept for the rest of the session: many tests train the same ones."""
-    return tmp_path_factory.mktemp("programs")
-
-
-@pytest.fixture(scope="module")
-def quick_compile(programs: Path) -> Iterator[None]:
-    """Compiles once and with few optimisations: here programs run for milliseconds and compile for seconds."""
-    settings = {
-        "jax_disable_most_optimizations": (True, False),
-        "jax_compilation_cache_dir": (str(programs), None),
-        "jax_persistent_cache_min_compile_time_secs": (0.0, 1.0),
-    }
-    for name, (here, _) in settings.items():
-        jax.config.update(name, here)
-    # jax looks for the folder only at the first compilation of a process.
-    compilation_cache.reset_cache()
-    yield
-    for name, (_, elsewhere) in settings.items():
-        jax.config.update(name, elsewhere)
-    compilation_cache.reset_cache()
 
 
 @pytest.fixture(scope="session")

@@ -8,6 +8,7 @@ import pytest
 from efficientids.train import main
 
 
+@pytest.mark.slow
 def test_the_default_job_reaches_80_percent_of_the_best(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--checkpoint_dir", str(tmp_path / "run")]) == 0
     printed = capsys.readouterr().out

@@ -118,8 +118,8 @@ def test_what_devices_pass_on() -> None:
 @pytest.mark.parametrize(
     "flags",
     [{"recommender": "sasrec", "llama_size": "tiny", "seq_len": 200, "batch_size": 128},
-     {"llama_size": "tiny", "seq_len": 256, "batch_size": 64, "gradient_checkpointing": "full"},
-     {"llama_size": "tiny", "seq_len": 256, "batch_size": 64, "train": "lora", "lora_rank": 8}],
+     *(pytest.param({"llama_size": "tiny", "seq_len": 256, "batch_size": 64, **more}, marks=pytest.mark.slow)
+       for more in ({"gradient_checkpointing": "full"}, {"train": "lora", "lora_rank": 8}))],
 )  # fmt: skip
 def test_the_estimate_is_near_the_compilers_account(flags: dict[str, Any]) -> None:
     need_plugin()
