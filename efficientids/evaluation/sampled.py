@@ -8,7 +8,6 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-import scipy.stats
 from flax import nnx
 
 from efficientids.data.batches import EvaluationBatch
@@ -57,6 +56,8 @@ def sampled_metrics(
     Raises:
         UserError: as `check_sampled`; or a score is NaN.
     """
+    from scipy.stats import hypergeom  # takes most of a second, which every other command would spend
+
     check_sampled(dataset, negatives, cutoffs)
     sums = {f"{metric}@{cutoff}": 0.0 for cutoff in cutoffs for metric in ("hr", "ndcg")}
     examples = 0
@@ -70,7 +71,7 @@ def sampled_metrics(
             raise UserError(f"evaluation on {dataset.path}, split {split}: {error}") from error
         drawn_B = np.minimum(negatives, unseen_B)
         place_K = np.arange(max(cutoffs))
-        chance_BK = scipy.stats.hypergeom.pmf(place_K, unseen_B[:, None], above_B[:, None], drawn_B[:, None])
+        chance_BK = hypergeom.pmf(place_K, unseen_B[:, None], above_B[:, None], drawn_B[:, None])
         chance_BK = np.where(listed_B[:, None], chance_BK, 0.0)
         for cutoff in cutoffs:
             sums[f"hr@{cutoff}"] += float(chance_BK[:, :cutoff].sum())
