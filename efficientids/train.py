@@ -58,9 +58,9 @@ def main(arguments: Sequence[str], prog: str = "train_llama.py", what: str | Non
         processes.join(config.coordinator, config.num_processes, config.process_id)
     # How a run was launched is in its environment.json, and no part of what it is.
     config = dataclasses.replace(config, coordinator=None, num_processes=None, process_id=None)
+    start_devices()
     if jax.process_count() > 1 and "mesh" not in READS[config.recommender]:
         raise UserError(f"--recommender {config.recommender} counts in one process; start one, without srun's tasks")
-    start_devices()
     system = systems.get(config.recommender)
     refuse_unread(config)
     trackers = chosen_trackers(config.trackers)
