@@ -111,7 +111,7 @@ class Candidates:
         return dataclasses.replace(config, mesh=str(shape))
 
     def _traced(self, config: TrainConfig, shape: MeshShape) -> tuple[Program, int, jax.stages.Traced, Any]:
-        """The program of a resolved configuration over shapes on a mesh, its batch's rows, its traced step, and what waits.
+        """The program of a resolved configuration over shapes, the rows of its batch, its traced step, and what waits.
 
         See `abstract_program`.
         """
