@@ -70,7 +70,7 @@ def compiled(flags: list[str]) -> dict[str, Any]:
     """What XLA says of the step's memory, and how many parameters it trains."""
     asked = parse(flags)
     system, scale = systems.get(asked.recommender), Scale.of(Dataset.open(asked.data_dir or Path()))
-    program, phase = abstract_program(system.resolve(asked, scale), system, scale)
+    program, phase, _ = abstract_program(system.resolve(asked, scale), system, scale)
     key = jax.eval_shape(lambda: jax.random.key(0))
     memory = program.step.lower(program.state, program.frozen, dict(phase.batch_specs[0]), key).compile()
     found = memory.memory_analysis()

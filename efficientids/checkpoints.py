@@ -87,6 +87,13 @@ class Writer:
         if not self._manager.save(step, args=ocp.args.Composite(**items), metrics=metrics):
             raise RuntimeError(f"Orbax did not save step {step}: is there a checkpoint of this step already?")
 
+    def best(self, like: nnx.State, mesh: Mesh | None) -> tuple[int, nnx.State]:
+        """The step that validated best so far, and what was saved of it, in the shapes of `like` and on `mesh`."""
+        self._manager.wait_until_finished()
+        step = self._manager.best_step()
+        assert step is not None, "no checkpoint with a validation yet"
+        return step, restore(Path(self._manager.directory), step, jax.eval_shape(lambda state: state, like), mesh)
+
     def close(self) -> None:
         """Waits for the write under way and raises its error, if it had one."""
         try:

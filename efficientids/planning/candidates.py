@@ -16,8 +16,9 @@ from efficientids.planning import gpu, records, traced
 from efficientids.planning.bound import Bound, bound
 from efficientids.planning.devices import Device, Pool
 from efficientids.planning.gpu import CompiledMemory
-from efficientids.planning.memory import Estimate, abstract_program, account, bytes_of, kept_between_steps
+from efficientids.planning.memory import IDLE, Estimate, abstract_program, account, bytes_of, kept_between_steps
 from efficientids.planning.mesh import choose_mesh
+from efficientids.recommenders.base import turns
 from efficientids.systems.base import Scale, System, mesh_shape
 from efficientids.training.step import Program
 
@@ -62,8 +63,10 @@ class Need:
 
     @property
     def peak(self) -> int:
-        """Bytes: XLA's, else the estimate."""
-        return self.estimate.total if self.compiled is None else self.compiled.peak
+        """Bytes: XLA's with what waiting phases keep, else the estimate."""
+        if self.compiled is None:
+            return self.estimate.total
+        return self.compiled.peak + self.estimate.parts.get(IDLE, 0)
 
     @property
     def fits(self) -> bool:
@@ -107,12 +110,15 @@ class Candidates:
             raise UserError(f"--mesh {shape} has {shape.size} devices, and {devices} are planned for; leave it out")
         return dataclasses.replace(config, mesh=str(shape))
 
-    def _traced(self, config: TrainConfig, shape: MeshShape) -> tuple[Program, int, jax.stages.Traced]:
-        """The program of a resolved configuration over shapes on a mesh, the rows of its batch, its traced step."""
+    def _traced(self, config: TrainConfig, shape: MeshShape) -> tuple[Program, int, jax.stages.Traced, Any]:
+        """The program of a resolved configuration over shapes, the rows of its batch, its traced step, and what waits.
+
+        See `abstract_program`.
+        """
         places = jax.devices("cpu")[:1] if self.target.devices is None else self.target.devices(shape.size)
-        program, phase = abstract_program(config, self.system, self.scale, make_mesh(shape, places))
+        program, phase, idle = abstract_program(config, self.system, self.scale, make_mesh(shape, places))
         rows = min(spec.shape[0] for spec in phase.batch_specs[0].values())
-        return program, rows, gpu.traced_step(program, phase)
+        return program, rows, gpu.traced_step(program, phase), idle
 
     def _need(self, config: TrainConfig, devices: int = 1, compiled: bool = True) -> Need:
         """What an unresolved configuration needs; from disk, where it was compiled before.
@@ -131,8 +137,8 @@ class Candidates:
         if known is not None:
             return Need(resolved, devices, *known[:3], pool, known[3])
         # Arithmetic and activations are counted on one device: on a mesh the program says less plainly what is whose.
-        program, rows, step = self._step(resolved, MeshShape())
-        estimate = account(resolved, program, self.scale, traced.activations(step.jaxpr))
+        program, rows, step, idle = self._step(resolved, MeshShape())
+        estimate = account(resolved, program, self.scale, traced.activations(step.jaxpr), idle)
         limit = None
         if self.target.facts is not None:
             limit = bound(
@@ -157,7 +163,7 @@ class Candidates:
         if self.target.devices is None:
             return None
         recommender = self.system.planned(resolved, self.scale)
-        shapes = [phase.batch_specs[0] for phase in recommender.plan()]
+        shapes = [phase.batch_specs[0] for phase, _ in turns(recommender.plan())]
         settings = {f.name: getattr(resolved, f.name) for f in dataclasses.fields(resolved)}
         for name in _NO_PART:
             settings.pop(name)

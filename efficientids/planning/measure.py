@@ -25,6 +25,7 @@ from efficientids.config import from_mapping, to_mapping
 from efficientids.data.dataset import Dataset
 from efficientids.errors import UserError
 from efficientids.options import TrainConfig
+from efficientids.planning.memory import abstract_program
 from efficientids.systems.base import Scale
 from efficientids.training.step import build_program
 
@@ -70,7 +71,7 @@ def run_steps(config: TrainConfig, device: Any) -> dict[str, Any]:
     system, scale = systems.get(config.recommender), scale_of(config)
     resolved = system.resolve(config, scale)
     recommender = system.planned(resolved, scale)
-    phase = recommender.plan()[0]
+    phase = abstract_program(resolved, system, scale)[1]
     with jax.default_device(device):
         model = jax.tree.map(_filled, nnx.eval_shape(recommender.init, jax.random.key(0)))
         program = build_program(

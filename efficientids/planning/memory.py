@@ -20,11 +20,12 @@ from core.lora import is_adapter
 from core.quantized import QuantizedParam
 from efficientids.errors import UserError
 from efficientids.options import TrainConfig
-from efficientids.recommenders.base import Phase, in_llama
+from efficientids.recommenders.base import Phase, cycles, in_llama
 from efficientids.systems.base import Scale, System, mesh_shape, precision_of
 from efficientids.training.step import Program, build_program
 
 ACTIVATIONS = "activations, estimated"
+IDLE = "optimiser of phases that wait"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,17 +57,18 @@ class Estimate:
         return {**dataclasses.asdict(self), "total": self.total, "unit": "bytes"}
 
 
-def account(config: TrainConfig, program: Program, scale: Scale, activations: int) -> Estimate:
+def account(config: TrainConfig, program: Program, scale: Scale, activations: int, idle: Any = ()) -> Estimate:
     """What the step of a resolved configuration keeps in memory on each device of its mesh.
 
     `program` is of one device: where its arrays would lie on the mesh is looked up in the table (`core.sharding`).
 
     Args:
         activations: bytes that the program makes on all devices together, gradients among them (`planning.traced`).
+        idle: optimiser states of phases that wait for their turn.
     """
     shape = mesh_shape(config)
     mesh = AbstractMesh(dataclasses.astuple(shape), sharding.AXES, axis_types=(AxisType.Auto,) * len(sharding.AXES))
-    state, frozen = sharding.place((program.state, program.frozen), mesh)
+    state, frozen, idle = sharding.place((program.state, program.frozen, idle), mesh)
     trained = nnx.merge_state(*state.params)
     lora, trained_llama, trained_items = nnx.split_state(trained, is_adapter, in_llama, ...)
     frozen_llama, frozen_rest = nnx.split_state(frozen, in_llama, ...)
@@ -80,6 +82,7 @@ def account(config: TrainConfig, program: Program, scale: Scale, activations: in
         "buffers": bytes_of(frozen_rest),
         "gradients": gradients,
         "optimiser": bytes_of(state.opt_states),
+        IDLE: bytes_of(idle),
         ACTIVATIONS: max(0, activations - _whole_bytes(trained)) // shape.size,
     }
     count = _size((trained, nnx.filter_state(frozen, nnx.Param))) + _quantized_size(quantized)
@@ -88,21 +91,32 @@ def account(config: TrainConfig, program: Program, scale: Scale, activations: in
 
 def abstract_program(
     config: TrainConfig, system: System, scale: Scale, mesh: Mesh | None = None
-) -> tuple[Program, Phase]:
-    """The training step of a resolved configuration over shapes alone, to count, to lower, to compile; on `mesh`."""
+) -> tuple[Program, Phase, Any]:
+    """The training step of a resolved configuration over shapes alone, to count, to lower, to compile; on `mesh`.
+
+    Of several phases it is the one that keeps most; and the optimiser states that others of its cycle
+    keep meanwhile.
+    """
     recommender = system.planned(config, scale)
-    phases = recommender.plan()
-    if not phases:
-        raise UserError(f"--recommender {config.recommender} trains nothing: there is no memory to plan")
     model = nnx.eval_shape(recommender.init, jax.random.key(0))
     accumulation, clip = config.gradient_accumulation, config.grad_clip
-    return build_program(model, phases[0], accumulation=accumulation, grad_clip=clip, mesh=mesh), phases[0]
+    found: list[tuple[Program, Phase, Any]] = []
+    for cycle in cycles(recommender.plan()):
+        programs = [
+            build_program(model, phase, accumulation=accumulation, grad_clip=clip, mesh=mesh) for phase in cycle.phases
+        ]
+        for program, phase in zip(programs, cycle.phases, strict=True):
+            found.append((program, phase, [other.state.opt_states for other in programs if other is not program]))
+    if not found:
+        raise UserError(f"--recommender {config.recommender} trains nothing: there is no memory to plan")
+    return max(found, key=lambda one: bytes_of(one[0].state))
 
 
 def kept_between_steps(config: TrainConfig, system: System, scale: Scale) -> dict[str, int]:
     """Bytes by part that one device keeps if it keeps everything, for an unresolved configuration; no activations."""
     config = system.resolve(config, scale)
-    return account(config, abstract_program(config, system, scale)[0], scale, activations=0).parts
+    program, _, idle = abstract_program(config, system, scale)
+    return account(config, program, scale, activations=0, idle=idle).parts
 
 
 def _size(tree: Any) -> int:

@@ -14,7 +14,7 @@ from flax import nnx
 
 from efficientids.checkpoints import KEPT_AT_ONCE
 from efficientids.errors import UserError
-from efficientids.recommenders.base import Recommender
+from efficientids.recommenders.base import Recommender, cycles
 from efficientids.training.step import build_program
 
 
@@ -31,16 +31,19 @@ def check_room(recommender: Recommender, saved: Any, eval_every: int, folder: Pa
     Raises:
         UserError: names what there is, what is needed, and the remedy.
     """
-    phases = recommender.plan()
-    if not phases:
+    plan = cycles(recommender.plan())
+    if not plan:
         return
     model = nnx.eval_shape(recommender.init, jax.random.key(0))
     optimizer = gradients = 0
-    for phase in phases:
-        state = build_program(model, phase, accumulation=1, grad_clip=0.0).state
-        optimizer, gradients = max(optimizer, _bytes(state.opt_states)), max(gradients, _bytes(state.params))
+    for cycle in plan:
+        states = [build_program(model, phase, accumulation=1, grad_clip=0.0).state for phase in cycle.phases]
+        # Between its turns a phase keeps its moments.
+        optimizer = max(optimizer, sum(_bytes(state.opt_states) for state in states))
+        gradients = max(gradients, *(_bytes(state.params) for state in states))
     checkpoint = _bytes(nnx.state(model, saved)) + optimizer
-    kept = min(KEPT_AT_ONCE, sum(math.ceil(phase.num_steps / eval_every) for phase in phases))
+    saves = [cycle.repeats * math.ceil(phase.num_steps / eval_every) for cycle in plan for phase in cycle.phases]
+    kept = min(KEPT_AT_ONCE, sum(saves))
     check_disk(folder, kept * checkpoint, f"{kept} checkpoints of {amount(checkpoint)}, one of them being written")
     # Of several processes each holds its part at least.
     if jax.default_backend() == "cpu":

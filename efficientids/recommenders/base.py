@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 import jax
 import numpy as np
@@ -65,8 +65,13 @@ class Phase:
         batches: (seed, start_step) → endless iterator over batches (NumPy, fixed shapes), a pure function of
             its arguments: the batch of step s is the same wherever the iteration started.
         loss: (model, batch, key, step) → LossSum; traced, so loss weights may follow `step`.
-        num_steps: optimiser steps.
+        num_steps: optimiser steps; in a `Cycle` of each turn.
         steps_per_epoch: for reports only.
+        start_from: "best": the parameters and buffers of the checkpoint that validated best so far.
+        on_end: (model) → model, after the last step of each turn, before it is validated and saved: may replace buffers
+            by others of the same shapes.
+        validated: whether it is validated and saved on its way and at its end; a phase after which the model cannot be
+            better yet need not be.
     """
 
     name: str
@@ -76,6 +81,25 @@ class Phase:
     loss: Callable[[Any, Batch, jax.Array, jax.Array], LossSum]
     num_steps: int
     steps_per_epoch: float
+    start_from: Literal["previous", "best"] = "previous"
+    on_end: Callable[[Any], nnx.Module] | None = None
+    validated: bool = True
+
+
+@dataclass(frozen=True)
+class Cycle:
+    """Phases in turn, again and again.
+
+    Each goes on where its last turn ended: in its data, its learning rate's schedule (which spans all turns) and its
+    optimiser's state; it is compiled once.
+
+    Attributes:
+        phases: of one round; at least one is `validated`.
+        repeats: rounds.
+    """
+
+    phases: Sequence[Phase]
+    repeats: int
 
 
 @dataclass(frozen=True)
@@ -149,11 +173,21 @@ class Recommender(Protocol):
     def init(self, key: jax.Array) -> nnx.Module:
         """All parameters and buffers of the system at their start; callers may use `jax.eval_shape`."""
 
-    def plan(self) -> Sequence[Phase]:
+    def plan(self) -> Sequence[Phase | Cycle]:
         """The phases of training, in order; none for a baseline that `init` has counted already."""
 
     def recommend(self, model: nnx.Module, histories: Histories, k: int, exclude: np.ndarray | None) -> Ranked:
         """The k best items after each history, without those in `exclude` (int32 [B, X], padded with 0)."""
+
+
+def cycles(plan: Sequence[Phase | Cycle]) -> list[Cycle]:
+    """A plan whose every phase is in a cycle: one alone has a single turn."""
+    return [part if isinstance(part, Cycle) else Cycle([part], 1) for part in plan]
+
+
+def turns(plan: Sequence[Phase | Cycle]) -> list[tuple[Phase, int]]:
+    """Every phase of a plan once, with the number of its turns."""
+    return [(phase, cycle.repeats) for cycle in cycles(plan) for phase in cycle.phases]
 
 
 def in_base(path: tuple[Any, ...], variable: Any) -> bool:

@@ -36,6 +36,7 @@ class Program(NamedTuple):
         step: (state, frozen, batch, key) → (state, metrics); donates the state.
         mesh: what the state and `frozen` lie on, as `core.sharding` lays them; batches come divided by rows. None: one
             device.
+        filters: what of the model each group of the state is.
     """
 
     graphdef: nnx.GraphDef[Any]
@@ -43,6 +44,7 @@ class Program(NamedTuple):
     frozen: nnx.State
     step: jax.stages.Wrapped
     mesh: Mesh | None = None
+    filters: tuple[Any, ...] = ()
 
     def on_devices(self, batch: Batch) -> Batch:
         """A batch of this process's rows (NumPy) as `step` takes it."""
@@ -57,6 +59,14 @@ class Program(NamedTuple):
         """The model with the parameters of `state`."""
         return nnx.merge(self.graphdef, *state.params, self.frozen)
 
+    def resumed(self, model: nnx.Module, state: TrainState) -> Program:
+        """The same program after other phases changed the model: its parameters, with the optimiser's `state`."""
+        _, *states = nnx.split(model, *self.filters, ...)
+        params, frozen = tuple(states[:-1]), states[-1]
+        if self.mesh is not None:
+            params, frozen = sharding.place((params, frozen), self.mesh)
+        return self._replace(state=state._replace(params=params), frozen=frozen)
+
 
 def build_program(
     model: nnx.Module,
@@ -66,6 +76,7 @@ def build_program(
     grad_clip: float,
     donate: bool = True,
     mesh: Mesh | None = None,
+    repeats: int = 1,
 ) -> Program:
     """Splits `model` into what `phase` trains and what it does not, and makes the step.
 
@@ -75,18 +86,20 @@ def build_program(
         grad_clip: the gradient's largest global norm over all groups; 0 clips nothing.
         donate: let the step write over the state that it is given.
         mesh: where it runs, of devices that are there or of a topology's; None: one device.
+        repeats: turns of the phase, over all of which the learning rate's schedule goes.
 
     Raises:
         ValueError: a group that matches no parameter, or rows of a batch that do not divide among the mesh's devices.
     """
     # A buffer is never trained, whatever a filter says.
-    filters = [nnx.All(nnx.Param, filter_) for filter_, _ in phase.groups]
+    filters = tuple(nnx.All(nnx.Param, filter_) for filter_, _ in phase.groups)
+    num_steps = phase.num_steps * repeats
     graphdef, *states = nnx.split(model, *filters, ...)
     groups, frozen = states[:-1], states[-1]
     for (filter_, _), group in zip(phase.groups, groups, strict=True):
         if not jax.tree.leaves(group):
             raise ValueError(f"phase {phase.name!r}: no parameter matches the group {filter_}")
-    optimizers = [optimizer.build(config, phase.num_steps) for _, config in phase.groups]
+    optimizers = [optimizer.build(config, num_steps) for _, config in phase.groups]
 
     def init(params: tuple[nnx.State, ...]) -> TrainState:
         opt_states = tuple(tx.init(group) for tx, group in zip(optimizers, params, strict=True))
@@ -100,10 +113,12 @@ def build_program(
     if mesh is not None:
         laid, other = sharding.shardings((state, frozen), mesh), sharding.whole(mesh)
         options = {"in_shardings": (*laid, sharding.rows(mesh), other), "out_shardings": (laid[0], other)}
-    step = _make_step(graphdef, phase, optimizers, accumulation, grad_clip, mesh)
+    # Of the first group, for the log; where there are several, they share the schedule's form.
+    rate = optimizer.learning_rate(phase.groups[0][1], num_steps)
+    step = _make_step(graphdef, phase, optimizers, rate, accumulation, grad_clip, mesh)
     # What the step does not read (an LM head without text) is on the device all the same, so it is an argument.
     compiled = jax.jit(step, donate_argnums=0 if donate else (), keep_unused=True, **options)
-    return Program(graphdef, state, frozen, compiled, mesh)
+    return Program(graphdef, state, frozen, compiled, mesh, filters)
 
 
 def _started(
@@ -136,6 +151,7 @@ def _make_step(
     graphdef: Any,
     phase: Phase,
     optimizers: list[optax.GradientTransformation],
+    rate: optax.Schedule,
     accumulation: int,
     grad_clip: float,
     mesh: Mesh | None,
@@ -159,9 +175,6 @@ def _make_step(
         shapes = jax.eval_shape(lambda p: jax.grad(sums, has_aux=True)(p, frozen, first, key, step), params)
         zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
         return jax.lax.scan(add, zeros, (jnp.arange(accumulation), micro))[0]
-
-    # Of the first group, for the log; where there are several, they share the schedule's form.
-    rate = optimizer.learning_rate(phase.groups[0][1], phase.num_steps)
 
     def train_step(
         state: TrainState, frozen: nnx.State, batch: Batch, key: jax.Array

@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 from efficientids.checkpoints import BEST_METRIC, Writer, writer
 from efficientids.errors import UserError
 from efficientids.log import RunLog
-from efficientids.recommenders.base import Phase, Recommender
+from efficientids.recommenders.base import Cycle, Phase, Recommender, cycles
 from efficientids.runs import RunFolder
 from efficientids.training.step import Program, TrainState, build_program
 
@@ -68,69 +68,158 @@ def train(
     Raises:
         UserError: the loss or a gradient is not finite. Checkpoints written before stay.
     """
-    done = 0
-    phases = recommender.plan()
+    plan = cycles(recommender.plan())
     with writer(run.checkpoints) as checkpoints:
-        if not phases:
+        if not plan:
             metrics = validate(model)
             log.record({"event": "validation", "phase": "counted", "step": 0, **metrics})
             log.say("validation: " + "  ".join(f"{name} {value:.4f}" for name, value in metrics.items()))
             checkpoints.save(0, nnx.state(model, options.saved), (), metrics, {"phase": "counted"})
-        for phase in phases:
+        trainer = _Trainer(options, log, validate, checkpoints)
+        for cycle in plan:
+            model = trainer.run(cycle, model)
+
+
+@dataclasses.dataclass
+class _Turns:
+    """A phase of a cycle from turn to turn.
+
+    Attributes:
+        first: steps done before its first turn.
+        total: steps of all its turns.
+        steps: those done.
+    """
+
+    program: Program
+    key: jax.Array
+    first: int
+    total: int
+    steps: int = 0
+
+
+class _Trainer:
+    """Runs cycles, one after the other, and knows what came of them so far."""
+
+    def __init__(self, options: TrainerOptions, log: RunLog, validate: Validate, checkpoints: Writer) -> None:
+        self._options, self._log, self._validate, self._checkpoints = options, log, validate, checkpoints
+        self._done = 0
+
+    def run(self, cycle: Cycle, model: nnx.Module) -> nnx.Module:
+        """Returns the model after the last step."""
+        patience = _Patience(self._options.patience)
+        turns: dict[str, _Turns] = {}
+        for _ in range(cycle.repeats):
+            for phase in cycle.phases:
+                model, ends = self._turn(phase, cycle.repeats, model, turns, patience)
+                if ends:
+                    return model
+        return model
+
+    def _turn(
+        self, phase: Phase, repeats: int, model: nnx.Module, turns: dict[str, _Turns], patience: _Patience
+    ) -> tuple[nnx.Module, bool]:
+        """One turn of a phase; True where the cycle should end with it."""
+        options = self._options
+        turn = turns.get(phase.name)
+        if turn is None:
+            if phase.start_from == "best":
+                model = self._best(model)
             program = build_program(
-                model, phase, accumulation=options.accumulation, grad_clip=options.grad_clip, mesh=options.mesh
-            )
-            loop = _Loop(phase, program, options, log, validate, checkpoints, done)
-            model = loop.run()
-            done += loop.steps_done
+                model, phase, accumulation=options.accumulation, grad_clip=options.grad_clip, mesh=options.mesh,
+                repeats=repeats,
+            )  # fmt: skip
+            key = program.key(options.seed, self._done)
+            turn = turns[phase.name] = _Turns(program, key, self._done, phase.num_steps * repeats)
+        else:
+            turn.program = turn.program.resumed(model, turn.program.state)
+        loop = _Loop(phase, turn, options, self._log, self._validate, self._checkpoints, self._done, patience)
+        model, state = loop.run()
+        # Its parameters may be given away to the next phase's steps; the optimiser's moments are its own.
+        turn.program = turn.program._replace(state=state)
+        turn.steps += loop.steps_done
+        self._done += loop.steps_done
+        return model, loop.ended
+
+    def _best(self, model: nnx.Module) -> nnx.Module:
+        graphdef, state = nnx.split(model)
+        saved = nnx.filter_state(state, self._options.saved)
+        step, found = self._checkpoints.best(saved, self._options.mesh)
+        self._log.say(f"from the best checkpoint so far, step {step}")
+        return nnx.merge(graphdef, nnx.merge_state(state, found))
+
+
+class _Patience:
+    """Counts validations since the best one of a cycle."""
+
+    def __init__(self, patience: int) -> None:
+        self._patience, self._best, self.waited = patience, -math.inf, 0
+
+    def improved(self, value: float) -> bool:
+        """Told of a validation: is it the best so far? Of equals the later one, as Orbax keeps it."""
+        better = value >= self._best
+        self._best, self.waited = (value, 0) if better else (self._best, self.waited + 1)
+        return better
+
+    @property
+    def over(self) -> bool:
+        """True where there were as many in vain as allowed."""
+        return bool(self._patience) and self.waited >= self._patience
 
 
 class _Loop:
-    """One phase: dispatches step n + 1 before it reads the metrics of step n, so that the device never waits."""
+    """One turn of a phase: dispatches step n + 1 before it reads the metrics of step n, so that the device never
+    waits."""
 
     def __init__(
         self,
         phase: Phase,
-        program: Program,
+        turn: _Turns,
         options: TrainerOptions,
         log: RunLog,
         validate: Validate,
         checkpoints: Writer,
         first_step: int,
+        patience: _Patience,
     ) -> None:
-        self._phase, self._program, self._options = phase, program, options
+        self._phase, self._turn, self._program, self._options = phase, turn, turn.program, options
         self._log, self._validate, self._checkpoints, self._first = log, validate, checkpoints, first_step
-        self._best, self._best_step = -math.inf, 0
-        self.steps_done = 0
+        self._patience = patience
+        self.steps_done, self.ended = 0, False
 
-    def run(self) -> nnx.Module:
-        """Returns the model after the last step."""
+    def run(self) -> tuple[nnx.Module, TrainState]:
+        """Returns the model after the last step, and the phase's state."""
         phase, options = self._phase, self._options
-        key = self._program.key(options.seed, self._first)
         state, frozen = self._program.state, self._program.frozen
         # A later phase starts with an order of its own.
-        batches = phase.batches(options.seed + self._first, 0)
+        batches = phase.batches(options.seed + self._turn.first, self._turn.steps)
         unread: tuple[int, dict[str, jax.Array], float] | None = None
         names, began = phase.batch_specs[0], time.perf_counter()
+        model = None
         for step in range(1, phase.num_steps + 1):
             asked = time.perf_counter()
             batch = {name: value for name, value in next(batches).items() if name in names}
             waited = time.perf_counter() - asked
-            state, metrics = self._program.step(state, frozen, self._program.on_devices(batch), key)
+            state, metrics = self._program.step(state, frozen, self._program.on_devices(batch), self._turn.key)
             if unread is not None:
                 self._read(*unread)
             began, ended = time.perf_counter(), began
             unread = (step, metrics, waited / max(began - ended, 1e-9))
             self.steps_done = step
-            if step % options.eval_every == 0 or step == phase.num_steps:
+            last = step == phase.num_steps
+            if last or (phase.validated and step % options.eval_every == 0):
                 self._read(*unread)
                 unread = None
                 with self._log.untimed():
-                    ends = self._evaluate_and_save(step, state)
+                    model = self._ended(self._program.model(state)) if last else self._program.model(state)
+                    self.ended = phase.validated and self._evaluate_and_save(step, model, state)
                 began = time.perf_counter()
-                if ends:
+                if self.ended:
                     break
-        return self._program.model(state)
+        assert model is not None
+        return model, state
+
+    def _ended(self, model: nnx.Module) -> nnx.Module:
+        return model if self._phase.on_end is None else self._phase.on_end(model)
 
     def _read(self, step: int, metrics: dict[str, jax.Array], input_wait: float) -> None:
         """Logs a step; `input_wait` is the share of its time that went into waiting for the batch."""
@@ -142,25 +231,22 @@ class _Loop:
                     "kept. Try a lower --learning_rate, more --warmup_steps, or --precision float32"
                 )
         values["input_wait"] = input_wait
-        epoch = step / self._phase.steps_per_epoch
+        epoch = (self._turn.steps + step) / self._phase.steps_per_epoch
         self._log.step(self._phase.name, step, self._phase.num_steps, epoch, values, self._first)
 
-    def _evaluate_and_save(self, step: int, state: TrainState) -> bool:
-        """Validates and saves; True where the phase should end early."""
+    def _evaluate_and_save(self, step: int, model: nnx.Module, state: TrainState) -> bool:
+        """Validates and saves; True where the cycle should end early."""
         total = self._first + step
-        model = self._program.model(state)
         metrics = self._validate(model)
-        improved = metrics[BEST_METRIC] >= self._best  # of equals the later one, as Orbax keeps it
-        if improved:
-            self._best, self._best_step = metrics[BEST_METRIC], step
+        improved = self._patience.improved(metrics[BEST_METRIC])
         self._log.record({"event": "validation", "phase": self._phase.name, "step": total, **metrics})
         shown = "  ".join(f"{name} {value:.4f}" for name, value in metrics.items())
         self._log.say(f"validation at step {total}: {shown}{'  (best so far)' if improved else ''}")
-        info = {"phase": self._phase.name, "step_in_phase": step, "seed": self._options.seed}
+        info = {"phase": self._phase.name, "step_in_phase": self._turn.steps + step, "seed": self._options.seed}
         saved = nnx.state(model, self._options.saved)
         self._checkpoints.save(total, saved, state.opt_states, metrics, info)
-        waited = (step - self._best_step) // self._options.eval_every
-        if self._options.patience and waited >= self._options.patience and step < self._phase.num_steps:
+        if self._patience.over and self._turn.steps + step < self._turn.total:
+            waited = self._patience.waited
             self._log.say(f"no better {BEST_METRIC} in {waited} validations: phase {self._phase.name!r} ends")
             return True
         return False

@@ -5,8 +5,10 @@ from __future__ import annotations
 import dataclasses
 import io
 import json
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -15,10 +17,11 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from core.functional import Buffer
 from efficientids import checkpoints
 from efficientids.errors import UserError
 from efficientids.log import RunLog
-from efficientids.recommenders.base import Batch, Histories, LossSum, OptimizerConfig, Phase, Ranked
+from efficientids.recommenders.base import Batch, Cycle, Histories, LossSum, OptimizerConfig, Phase, Ranked
 from efficientids.runs import RunFolder
 from efficientids.training.step import build_program
 from efficientids.training.trainer import TrainerOptions, train
@@ -229,3 +232,108 @@ def test_the_logged_loss_is_the_mean_over_targets_since_the_last_line(tmp_path: 
 def toy_loss_without_key(w: Any, batch: Batch) -> LossSum:
     errors_R = ((w * batch["x"]).sum(axis=1) - 1) ** 2
     return LossSum((errors_R * batch["n"]).sum(), batch["n"].sum(), batch["n"].sum(), {})
+
+
+class TwoParts(nnx.Module):
+    """Two parameters, trained in turn, and a buffer that the end of the first one's turn replaces."""
+
+    def __init__(self) -> None:
+        self.w, self.v = nnx.Param(jnp.linspace(1.0, 2.0, WIDTH)), nnx.Param(jnp.ones(WIDTH))
+        self.turns = Buffer(jnp.zeros((), jnp.int32))
+
+
+def counted(model: TwoParts) -> TwoParts:
+    model.turns[...] = model.turns[...] + 1
+    return model
+
+
+@dataclasses.dataclass
+class InTurns(ToySystem):
+    """w, then v, then w …; and, if `last` says from where, w alone."""
+
+    repeats: int = 3
+    last: Any = None
+
+    def plan(self) -> Sequence[Phase | Cycle]:
+        (one,) = ToySystem(num_steps=2, batches=self.batches).plan()
+
+        def part(name: str, loss: Callable[..., LossSum], **more: Any) -> Phase:
+            groups = [(nnx.PathContains(name), one.groups[0][1])]
+            return dataclasses.replace(one, name=name, groups=groups, loss=loss, **more)
+
+        def loss_of_v(model: Any, batch: Batch, key: jax.Array, step: jax.Array) -> LossSum:
+            found = toy_loss(SimpleNamespace(w=model.v), batch, key, step)  # type: ignore[arg-type]
+            return found._replace(metrics={"turns": (model.turns[...] + 0.0, jnp.ones(())), "at": (step + 0.0, 1.0)})
+
+        w = part("w", toy_loss, validated=False, on_end=counted)
+        cycle = Cycle([w, part("v", loss_of_v)], self.repeats)
+        return [cycle] if self.last is None else [cycle, part("w", toy_loss, start_from=self.last)]
+
+
+def run_in_turns(folder: Path, system: ToySystem, validate: Any = None, **options: Any) -> RunFolder:
+    run = RunFolder.create(folder)
+    chosen = dataclasses.replace(OPTIONS, log_every=1, **options)
+    train(system, TwoParts(), chosen, run, RunLog(run.metrics, 1, io.StringIO()), validate or Validator())
+    return run
+
+
+def test_in_a_cycle_each_phase_goes_on_where_it_stopped(tmp_path: Path) -> None:
+    """Three turns of two steps are six steps in a row: data, schedule, moments, and the phase's own count of steps."""
+    run = run_in_turns(tmp_path / "turns", InTurns(), Validator(0.1, 0.2, 0.3))
+    found = rows(run, "step")
+    assert [row["phase"] for row in found] == ["w", "w", "v", "v"] * 3
+    assert [row["step"] for row in found] == list(range(1, 13))
+    (alone,) = ToySystem(num_steps=6).plan()
+    straight = run_toy(tmp_path / "straight", ToySystem(num_steps=6), log_every=1)[0]
+    for name in ("loss", "learning_rate", "grad_norm", "epoch"):
+        np.testing.assert_allclose(
+            [row[name] for row in found if row["phase"] == "w"], [row[name] for row in rows(straight, "step")]
+        )
+    of_v = [row for row in found if row["phase"] == "v"]
+    assert [row["at"] for row in of_v] == [0, 1, 2, 3, 4, 5]
+    assert [row["turns"] for row in of_v] == [1, 1, 2, 2, 3, 3]  # what `on_end` put there
+    assert [row["step"] for row in rows(run, "validation")] == [4, 8, 12]
+    assert alone.num_steps == 6 and len({row["learning_rate"] for row in of_v}) == 6
+
+
+def test_a_cycle_is_compiled_once(tmp_path: Path) -> None:
+    counts: list[int] = []
+
+    def batches(seed: int, start_step: int) -> Iterator[Batch]:
+        counts.append(start_step)
+        return toy_batches(seed, start_step)
+
+    found = []
+    for repeats in (1, 3):
+        system = InTurns(repeats=repeats, batches=batches)
+        with jax.log_compiles():
+            found.append(compiled_by(lambda system=system: run_in_turns(tmp_path / f"{system.repeats}", system)))
+    assert found == [2, 2] and counts == [0, 0, 0, 0, 2, 2, 4, 4]
+
+
+def compiled_by(work: Callable[[], object]) -> int:
+    """How often `train_step` is compiled meanwhile."""
+    log, found = logging.getLogger("jax._src.interpreters.pxla"), list[str]()
+    handler = logging.Handler()
+    handler.emit = lambda record: found.append(record.getMessage())  # type: ignore[method-assign]
+    log.addHandler(handler)
+    try:
+        work()
+    finally:
+        log.removeHandler(handler)
+    return sum("train_step" in line for line in found)
+
+
+@pytest.mark.parametrize(("last", "step"), [("best", 4), ("previous", 12)])
+def test_a_phase_starts_from_the_best_or_the_last(tmp_path: Path, last: str, step: int) -> None:
+    validate = Validator(0.9, 0.2, 0.3, 0.4)
+    run = run_in_turns(tmp_path / "run", InTurns(last=last), validate)
+    shapes = nnx.state(nnx.eval_shape(TwoParts))
+    start, end = (checkpoints.restore(run.checkpoints, at, shapes) for at in (step, 14))
+    np.testing.assert_array_equal(start["v"][...], end["v"][...])  # no part of the last phase
+    assert end["turns"][...] == {"best": 1, "previous": 3}[last]
+
+
+def test_patience_ends_a_whole_cycle(tmp_path: Path) -> None:
+    run = run_in_turns(tmp_path / "run", InTurns(repeats=9, last="best"), Validator(0.5, 0.4, 0.3, 0.2), patience=2)
+    assert [row["step"] for row in rows(run, "validation")] == [4, 8, 12, 14]
