@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
@@ -39,21 +38,17 @@ from efficientids.systems.llama import (
     described,
     llama_config,
     llama_init,
-    load_llama,
     lora_config,
     mode_text,
     resolve_mode,
     starts_at_random,
     training_mode,
-    weights_folder,
-    with_llama,
 )  # fmt: skip
+from efficientids.systems.llama_defaults import check_positions, from_scratch, start, with_llama_defaults
 
 # The full softmax is the plainer model and needs no clusters; its cost decides against it only for large catalogues
 # (benchmarks/softmax.py measures where: on a CPU the two-level head costs less at every size).
 TWO_LEVEL_FROM = 100_000
-# From this width on a layer's activations cost more memory than its recomputation costs time.
-REMAT_FROM_WIDTH = 1024
 
 
 class EfficientIDSSystem:
@@ -66,41 +61,26 @@ class EfficientIDSSystem:
         """See `System.resolve`."""
         llama = llama_config(config)
         _check_lengths(config, llama)
-        base.check_tensor(
-            config,
-            heads=llama.num_heads,
-            key_value_heads=llama.num_kv_heads,
-            mlp_columns=llama.intermediate_size,
-        )
-        random = starts_at_random(config)
-        small = llama.hidden_size < REMAT_FROM_WIDTH
-        from_scratch = random and config.load_checkpoint is None
         item_dim = config.item_dim or min(384, llama.hidden_size)
         if config.item_rank is not None and config.item_rank > item_dim:
             raise UserError(
                 f"--item_rank {config.item_rank}: item vectors have {item_dim} dimensions; give at most that"
             )
-        remat = config.gradient_checkpointing
         titled = config.item_text == "title"
         one_shape = titled or config.pack_sequences  # a titled or packed row takes seq_len positions, whatever is in it
         if one_shape and config.length_buckets not in (1, TrainConfig.length_buckets):
             flag = "--pack_sequences" if config.pack_sequences else "--item_text title"
             raise UserError(f"--length_buckets {config.length_buckets}: rows of {flag} have one shape; leave it out")
         max_items = config.max_seq_len or (config.seq_len // 2 if titled else config.seq_len)
-        on_gpu = jax.default_backend() == "gpu"
         config = dataclasses.replace(
-            base.resolve_batch(config, scale, 32 if small else 8),
-            precision=("bfloat16" if on_gpu else "float32") if config.precision == "auto" else config.precision,
-            dropout=(0.2 if random and small else 0.0) if config.dropout is None else config.dropout,
-            gradient_checkpointing=("dots" if small else "full") if remat == "auto" else remat,
+            with_llama_defaults(config, scale, llama),
             max_seq_len=max_items,
             item_dim=item_dim,
             tokenizer=_tokenizer(config),
             length_buckets=1 if one_shape else config.length_buckets,
-            learning_rate=config.learning_rate or (1e-3 if from_scratch else 5e-4),
             **_head(config, scale.num_items),
         )
-        config = resolve_mode(config, llama, from_scratch=from_scratch)
+        config = resolve_mode(config, llama, from_scratch=from_scratch(config))
         buckets = base.buckets_of(config, max_items, _packing_at(config, scale, llama))
         return base.resolve_training(config, scale, buckets, max_warmup=100 if config.train == "frozen" else 500)
 
@@ -143,17 +123,7 @@ class EfficientIDSSystem:
 
     def start(self, recommender: Recommender, config: TrainConfig, mesh: Mesh | None = None) -> nnx.Module:
         """At random, or with the pretrained Llama in its place."""
-        if not self.pretrained(config):
-            return base.start_at_random(recommender, config, mesh)
-        folder = weights_folder(config)
-        differing = base.differing_fields(LlamaConfig.from_hf(folder), recommender.spec.model.llama)
-        if differing:
-            listed = "\n  ".join(differing)
-            raise UserError(
-                f"{folder / 'config.json'} is not the shape of --llama_size {config.llama_size}:\n  {listed}"
-            )
-        llama = load_llama(folder, llama_init(config), mesh)
-        return with_llama(recommender, jax.random.key(config.seed), llama, mesh)
+        return start(recommender, config, recommender.spec.model.llama, mesh)
 
     def planned(self, config: TrainConfig, scale: Scale) -> EfficientIDS:
         """Clusters, where there are any, are those of --clustering, or taken to be balanced.
@@ -268,14 +238,7 @@ def _tokenizer(config: TrainConfig) -> Path | None:
 
 
 def _check_lengths(config: TrainConfig, llama: LlamaConfig) -> None:
-    limit = llama.max_position_embeddings
-    if config.seq_len > limit and (llama.rope_scaling is None or llama.rope_scaling.kind != "dynamic"):
-        raise UserError(f"--seq_len {config.seq_len}: the Llama has max_position_embeddings {limit}; give at most that")
-    if llama.sliding_window is not None and config.seq_len > llama.sliding_window:
-        raise UserError(
-            f"--seq_len {config.seq_len}: the Llama has a sliding_window of {llama.sliding_window} positions, and only "
-            "full attention is computed here; give at most that"
-        )
+    check_positions(llama, config.seq_len, f"--seq_len {config.seq_len}")
     if config.max_seq_len is not None and config.max_seq_len > config.seq_len:
         raise UserError(
             f"--max_seq_len {config.max_seq_len}: an item takes a position, and --seq_len is {config.seq_len}; "

@@ -70,7 +70,7 @@ class Tables:
 
 
 @functools.partial(jax.jit, static_argnames=("advance", "k", "beams", "normalise"))
-def search(ids: SemanticIDs, first: jax.Array, exclude: jax.Array | None, *, advance, **options: object) -> tuple:  # noqa: ANN001
+def search(ids: SemanticIDs, first: jax.Array, exclude: jax.Array | None, *, advance, **options: object) -> tuple:
     return beam_search(ids, first, None, advance, exclude_BX=exclude, **options)
 
 

@@ -81,7 +81,7 @@ def test_a_run_without_room_is_refused_before_weights_load(
     given = flags(data_dir=tiny_data.path, weights=weights, checkpoint_dir=tmp_path / "run", **SMALL_JOB)
     monkeypatch.setattr(room, "available_memory", lambda: 1000)
     monkeypatch.setattr(main_job, "weights_folder", lambda _: pytest.fail("weights were downloaded"))
-    monkeypatch.setattr("efficientids.systems.efficientids.load_llama", lambda *_: pytest.fail("weights were loaded"))
+    monkeypatch.setattr("efficientids.systems.llama_defaults.load_llama", lambda *_: pytest.fail("weights were loaded"))
     with pytest.raises(UserError, match="host memory"):
         main_job.main(given)
     assert not (tmp_path / "run" / "model.json").exists()

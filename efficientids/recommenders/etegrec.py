@@ -1,0 +1,373 @@
+"""ETEGRec as a recommender: tokenizer and recommender trained in turn, semantic IDs generated (arXiv 2409.05546).
+
+Codes of histories and of targets are looked up on the device, in the one code table that the model holds: nothing that
+is trained on, searched or saved can be of another version than the rest.
+
+Legend: B rows, H history items, N items, I width of an item vector, L levels (the suffix level's last).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from core.alignment import SIASign, first_occurrences, psa_loss, sia_loss
+from core.beam_search import Normalise
+from core.code_sequences import CodeSequence, Template, lay_out
+from core.code_tables import build
+from core.config import LlamaConfig, RopeScaling
+from core.functional import Buffer
+from core.layers import Init
+from core.llama import Compute
+from core.lora import LoRAConfig, is_adapter
+from core.models.etegrec import ETEGRecConfig, LlamaETEGRecModel
+from core.rqvae import RQVAE, RQVAEConfig
+from core.semantic_ids import SemanticIDs, TableShape
+from core.suffixes import with_suffix
+from efficientids.errors import UserError
+from efficientids.recommenders.base import (
+    Batch,
+    Cycle,
+    Histories,
+    LossSum,
+    OptimizerConfig,
+    Phase,
+    Ranked,
+    Training,
+    in_llama,
+)
+from efficientids.recommenders.shapes import ranked
+
+
+@dataclasses.dataclass(frozen=True)
+class ETEGRecSpec:
+    """Everything that decides the shapes of the system; stands in the run's `model.json`.
+
+    Attributes:
+        model: of the Llama with its projectors and tables.
+        num_items: N.
+        max_items: H, the newest items of a history that are looked at.
+        table: shapes of the code table and its trie.
+        tokenizer: None for codes that were given: nothing to align with, nothing to train in turn.
+        tied: the recommender's tables of the real levels are the tokenizer's codebooks, the same parameters.
+        beams: of the search; more where more results are asked for.
+        normalise: what its scores are log-probabilities over.
+    """
+
+    model: ETEGRecConfig
+    num_items: int
+    max_items: int
+    table: TableShape
+    tokenizer: RQVAEConfig | None
+    tied: bool = False
+    beams: int = 20
+    normalise: Normalise = "alphabet"
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values, for `model.json`."""
+        return dataclasses.asdict(self)
+
+    @staticmethod
+    def from_json(values: dict[str, Any]) -> ETEGRecSpec:
+        """The inverse of `to_json`.
+
+        Raises:
+            KeyError, TypeError: fields are missing or unknown.
+        """
+        model, tokenizer = dict(values["model"]), values["tokenizer"]
+        llama = dict(model["llama"])
+        scaling = llama["rope_scaling"]
+        llama["rope_scaling"] = None if scaling is None else RopeScaling(**scaling)
+        model["llama"] = LlamaConfig(**llama)
+        lora, template = model["lora"], model["template"]
+        model["lora"] = None if lora is None else LoRAConfig(**{**lora, "targets": tuple(lora["targets"])})
+        model["template"] = None if template is None else Template(*(tuple(template[n]) for n in ("prefix", "suffix")))
+        model["level_sizes"] = tuple(model["level_sizes"])
+        lists = {} if tokenizer is None else {n: tuple(tokenizer[n]) for n in ("level_sizes", "hidden_sizes")}
+        return ETEGRecSpec(**{
+            **values,
+            "model": ETEGRecConfig(**model),
+            "table": TableShape.from_json(values["table"]),
+            "tokenizer": None if tokenizer is None else RQVAEConfig(**{**tokenizer, **lists}),
+        })  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Turns:
+    """How tokenizer and recommender are trained; plain data.
+
+    Attributes:
+        rounds: turns of each; without a tokenizer's turn (`tokenizer_steps` 0) the recommender's are one run.
+        tokenizer_steps, recommender_steps: of one turn.
+        aligned_from: recommender's steps (and the tokenizer's share of them) without alignment losses.
+        tokenizer: its optimiser.
+        code_loss, kl_loss, dec_cl_loss: weights of codes, of sequence-item and of preference-semantic alignment.
+        sia_sign: see `core.alignment.sia_loss`.
+        targets: "all": every item of a history is learnt from those before it; "last": the official code's.
+        finetune_steps: from the best checkpoint, codes alone, with the tokenizer as it is; 0: none.
+        finetune: its optimiser; None without.
+    """
+
+    rounds: int
+    tokenizer_steps: int
+    recommender_steps: int
+    aligned_from: int
+    tokenizer: OptimizerConfig
+    code_loss: float = 1.0
+    kl_loss: float = 1e-4
+    dec_cl_loss: float = 3e-4
+    sia_sign: SIASign = "paper"
+    targets: Literal["all", "last"] = "all"
+    finetune_steps: int = 0
+    finetune: OptimizerConfig | None = None
+
+
+class ETEGRecModel(LlamaETEGRecModel):
+    """The recommender, the tokenizer, the code table with its trie, and the tokenizer's input: one value.
+
+    Attributes:
+        tokenizer: None for codes that were given.
+        ids: codes and trie.
+        vectors_NI: float32 [N + 1, I], row 0 zeros; None without a tokenizer.
+    """
+
+    def __init__(self, spec: ETEGRecSpec, key: jax.Array, **parts: Any) -> None:
+        key_tokenizer, key_model = jax.random.split(key)
+        tokenizer = None if spec.tokenizer is None else RQVAE(spec.tokenizer, key_tokenizer)
+        shared = list(tokenizer.quantizer.codebooks) if spec.tied and tokenizer is not None else []
+        super().__init__(spec.model, key_model, shared, **parts)
+        self.tokenizer = tokenizer
+        self.ids = SemanticIDs(spec.table)
+        width = None if spec.tokenizer is None else spec.tokenizer.input_dim
+        self.vectors_NI = None if width is None else Buffer(jnp.zeros((spec.num_items + 1, width)))
+
+
+def in_tokenizer(path: tuple[Any, ...], _: Any) -> bool:
+    """The filter for the tokenizer's parameters, where they are its own."""
+    return bool(path) and path[0] == "tokenizer"
+
+
+class ETEGRec:
+    """See `efficientids.recommenders.base.Recommender`.
+
+    Args:
+        spec: shapes.
+        compute, init: how the Llama computes and starts.
+        training, turns: None where nothing is to be trained; `training` is of the recommender's turns, its
+            `llama_optimizer` None for a frozen Llama.
+    """
+
+    def __init__(
+        self,
+        spec: ETEGRecSpec,
+        *,
+        compute: Compute | None = None,
+        init: Init | None = None,
+        training: Training | None = None,
+        turns: Turns | None = None,
+    ) -> None:
+        self.spec, self._compute, self._init = spec, compute, init
+        self._training, self._turns = training, turns
+
+    @property
+    def max_items(self) -> int:
+        """H: the newest items of a history that the model looks at."""
+        return self.spec.max_items
+
+    @property
+    def history(self) -> str:
+        """What of a history the model looks at, and how it searches: part of the evaluation protocol."""
+        return f"newest {self.max_items} items; {self.spec.beams} beams"
+
+    def init(self, key: jax.Array) -> ETEGRecModel:
+        """The whole system at its start, with empty buffers (`systems.etegrec` fills them)."""
+        return ETEGRecModel(self.spec, key, compute=self._compute, init=self._init)
+
+    def plan(self) -> Sequence[Phase | Cycle]:
+        """Tokenizer and recommender in turn, then codes alone from the best checkpoint."""
+        training, turns = self._training, self._turns
+        if training is None or turns is None:
+            raise ValueError("this recommender was built without `training`")
+        own = nnx.All(nnx.Not(in_llama), nnx.Not(in_tokenizer))
+        adapted = is_adapter if self.spec.model.lora is not None else nnx.All(in_llama, nnx.Not(_is_table_of_words))
+        llama = None if training.llama_optimizer is None else adapted
+        recommender = dataclasses.replace(
+            training.phase("recommender", own, self._recommender_loss, llama), num_steps=turns.recommender_steps
+        )
+        if self.spec.tied:
+            # Code loss moves the codebooks, and with them the codes that items should have.
+            recommender = dataclasses.replace(recommender, on_end=self.reindex)
+        plan: list[Phase | Cycle] = []
+        if turns.tokenizer_steps:
+            parameters = nnx.Any(in_tokenizer, self._is_shared_table)
+            tokenizer = dataclasses.replace(
+                training.phase("tokenizer", parameters, self._tokenizer_loss), num_steps=turns.tokenizer_steps,
+                groups=[(parameters, turns.tokenizer)], on_end=self.reindex, validated=False,
+            )  # fmt: skip
+            plan.append(Cycle([tokenizer, recommender], turns.rounds))
+        else:
+            plan.append(Cycle([recommender], turns.rounds))
+        if turns.finetune_steps:
+            plan.append(self._finetuning(training, turns, llama))
+        return plan
+
+    def _finetuning(self, training: Training, turns: Turns, llama: Any) -> Phase:
+        assert turns.finetune is not None
+        # With the tokenizer goes what it shares: its codes are final.
+        own = nnx.All(nnx.Not(in_llama), nnx.Not(in_tokenizer), nnx.Not(self._is_shared_table), nnx.Not(_is_alignment))
+        groups = [(own, turns.finetune)]
+        if llama is not None:
+            assert training.llama_optimizer is not None
+            share = turns.finetune.learning_rate / training.optimizer.learning_rate
+            rate = training.llama_optimizer.learning_rate * min(1.0, share)
+            groups.append((llama, dataclasses.replace(turns.finetune, learning_rate=rate)))
+        phase = training.phase("finetune", own, self._code_loss)
+        return dataclasses.replace(phase, groups=groups, num_steps=turns.finetune_steps, start_from="best")
+
+    def _is_shared_table(self, path: tuple[Any, ...], _: Any) -> bool:
+        real = 0 if self.spec.tokenizer is None else len(self.spec.tokenizer.level_sizes)
+        return self.spec.tied and len(path) > 1 and path[0] == "tables" and int(path[1]) < real
+
+    def reindex(self, model: ETEGRecModel) -> ETEGRecModel:
+        """Gives every item the codes that the tokenizer has for it now, in a new table, trie and version of old shapes.
+
+        Raises:
+            UserError: a bucket outgrew the suffix level.
+        """
+        assert model.tokenizer is not None and model.vectors_NI is not None
+        codes_NL = np.asarray(_codes(*nnx.split(model.tokenizer), model.vectors_NI[...]))
+        try:
+            made = code_table(codes_NL, self.spec.table)
+        except ValueError as error:
+            raise UserError(f"after the tokenizer's turn: {error} (--suffix_size)") from error
+        nnx.update(model.ids, nnx.state(made))
+        return model
+
+    def recommend(self, model: nnx.Module, histories: Histories, k: int, exclude: np.ndarray | None) -> Ranked:
+        """The k best items that the search finds; see `core.beam_search` for what is exact.
+
+        Raises:
+            ValueError: ids outside 0 … N, or a history of length 0.
+        """
+        if (histories.lengths < 1).any():
+            row = int(np.argmin(histories.lengths))
+            raise ValueError(f"histories: row {row} has length 0; there is nothing to continue")
+        return ranked(
+            self._top_k, model, histories, k, exclude, max_items=self.max_items, num_items=self.spec.num_items
+        )
+
+    @functools.partial(jax.jit, static_argnums=(0, 1), static_argnames="k")
+    def _top_k(
+        self, graphdef: Any, state: nnx.State, ids: jax.Array, lengths: jax.Array, exclude: jax.Array, *, k: int
+    ) -> tuple[jax.Array, jax.Array]:
+        model, spec = nnx.merge(graphdef, state), self.spec
+        sequence = self.sequence(model, ids, lengths, with_target=False)
+        beams = max(spec.beams, k)
+        return model.top_k(sequence, model.ids, k, beams=beams, exclude=exclude, normalise=spec.normalise)
+
+    def sequence(
+        self, model: ETEGRecModel, item_ids_BH: jax.Array, lengths_B: jax.Array, *, with_target: bool
+    ) -> CodeSequence:
+        """Histories → the codes that the model's own table has for them, laid out."""
+        codes_BHL = model.ids.codes_of(item_ids_BH)
+        return lay_out(codes_BHL, lengths_B, self.spec.model.template, with_target=with_target)
+
+    def _code_loss(self, model: ETEGRecModel, batch: Batch, key: jax.Array, step: jax.Array) -> LossSum:
+        return self._codes_and_state(model, batch, key)[0]
+
+    def _codes_and_state(self, model: ETEGRecModel, batch: Batch, key: jax.Array | None) -> tuple[LossSum, jax.Array]:
+        """The code loss, and each history's state [B, D]."""
+        assert self._turns is not None
+        ids_BH, lengths_B = batch["item_ids"], batch["lengths"]
+        sequence = self.sequence(model, ids_BH, lengths_B, with_target=True)
+        hidden_BTD = model.hidden(sequence, key)
+        place_H = jnp.arange(ids_BH.shape[1])
+        first_B = jnp.ones_like(lengths_B) if self._turns.targets == "all" else jnp.maximum(lengths_B - 1, 1)
+        # The first item has no history: what it is like is no part of what is asked.
+        weights_BH = ((place_H >= first_B[:, None]) & (place_H < lengths_B[:, None])).astype(jnp.float32)
+        found = model.loss(hidden_BTD, sequence, weights_BH)
+        names = [f"code{level + 1}_loss" for level in range(len(self.spec.model.level_sizes))]
+        metrics = dict(zip(names, zip(found.totals_L, found.weights_L, strict=True), strict=True))
+        loss = LossSum(found.totals_L.sum(), found.weights_L.sum(), weights_BH.sum(), metrics)
+        return loss, model.state(hidden_BTD, sequence)
+
+    def _recommender_loss(self, model: ETEGRecModel, batch: Batch, key: jax.Array, step: jax.Array) -> LossSum:
+        turns = self._turns
+        assert turns is not None
+        codes, state_BD = self._codes_and_state(model, batch, key)
+        codes = codes._replace(metrics={**codes.metrics, "code_loss": (codes.total, codes.weight)})
+        codes = codes._replace(total=turns.code_loss * codes.total)
+        if model.tokenizer is None:
+            return codes
+        return self._with_alignment(codes, model, batch, state_BD, step >= turns.aligned_from)
+
+    def _tokenizer_loss(self, model: ETEGRecModel, batch: Batch, key: jax.Array, step: jax.Array) -> LossSum:
+        """Reconstruction and quantisation of the targets, each once, and both alignments."""
+        turns = self._turns
+        assert turns is not None and model.tokenizer is not None and model.vectors_NI is not None
+        sequence = self.sequence(model, batch["item_ids"], batch["lengths"], with_target=True)
+        state_BD = jax.lax.stop_gradient(model.state(model.hidden(sequence, None), sequence))
+        target_B = _last(batch)
+        weights_B = first_occurrences(target_B).astype(jnp.float32)
+        found = model.tokenizer(model.vectors_NI[...][target_B])
+        parts = {"reconstruction_loss": found.reconstruction_loss_B, "quantization_loss": found.quantization_loss_B}
+        count = weights_B.sum()
+        metrics = {name: ((part_B * weights_B).sum(), count) for name, part_B in parts.items()}
+        own = LossSum((found.loss_B * weights_B).sum(), count, weights_B.sum(), metrics)
+        from_step = turns.aligned_from * turns.tokenizer_steps // max(turns.recommender_steps, 1)
+        return self._with_alignment(own, model, batch, state_BD, step >= from_step)
+
+    def _with_alignment(
+        self, loss: LossSum, model: ETEGRecModel, batch: Batch, state_BD: jax.Array, on: jax.Array
+    ) -> LossSum:
+        """The loss with both alignments' means beside its own mean; targets that repeat count once."""
+        turns, tokenizer = self._turns, model.tokenizer
+        assert turns is not None and tokenizer is not None and model.vectors_NI is not None
+        assert model.enc_adapter is not None and model.dec_adapter is not None
+        target_B, state_BD = _last(batch), state_BD.astype(jnp.float32)
+        rows_B = first_occurrences(target_B)
+        item = tokenizer(model.vectors_NI[...][target_B])
+        preferred = tokenizer.quantizer.quantize(model.enc_adapter(state_BD))
+        sia = sia_loss(preferred.distances, item.quantized.distances, rows_B, turns.sia_sign)
+        psa = psa_loss(model.dec_adapter(state_BD), item.reconstruction_BI, rows_B)
+        total = loss.total
+        for weight, (part, count) in ((turns.kl_loss, sia), (turns.dec_cl_loss, psa)):
+            total += jnp.where(on, weight, 0.0) * part / jnp.maximum(count, 1.0) * loss.weight
+        return loss._replace(total=total, metrics={**loss.metrics, "sia_loss": sia, "psa_loss": psa})
+
+
+def code_table(codes_NL: np.ndarray, shape: TableShape) -> SemanticIDs:
+    """The table and trie of real codes int [N, L − 1], with their suffixes, in (at least) the given shape.
+
+    Raises:
+        ValueError: more items with equal codes than the suffix level has codes.
+    """
+    return build(with_suffix(codes_NL, shape.level_sizes[-1]), shape.level_sizes, shape)
+
+
+def _is_table_of_words(path: tuple[Any, ...], _: Any) -> bool:
+    """The Llama's own tables: no code is in them. Text around a history goes through them as they are."""
+    return tuple(path)[:2] in (("llama", "embed_VD"), ("llama", "head_VD"))
+
+
+def _is_alignment(path: tuple[Any, ...], _: Any) -> bool:
+    return bool(path) and path[0] in ("enc_adapter", "dec_adapter")
+
+
+def _last(batch: Batch) -> jax.Array:
+    """The target of each row: its last item [B]; 0 for an empty row."""
+    place_B1 = jnp.maximum(batch["lengths"] - 1, 0)[:, None]
+    return jnp.take_along_axis(batch["item_ids"], place_B1, axis=1)[:, 0]
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _codes(graphdef: Any, state: nnx.State, vectors_NI: jax.Array) -> jax.Array:
+    """The real codes of items 1 … N: int32 [N, L − 1]."""
+    return nnx.merge(graphdef, state).codes(vectors_NI[1:])
