@@ -99,3 +99,8 @@ class Dropout(NamedTuple):
             return x
         keep = jax.random.bernoulli(jax.random.fold_in(self.key, site), 1 - self.rate, x.shape)
         return jnp.where(keep, x / (1 - self.rate), 0).astype(x.dtype)
+
+
+def unit(x: Array) -> Array:
+    """x [..., D] with rows of Euclidean length 1; a zero row stays zero."""
+    return x * jax.lax.rsqrt(jnp.sum(x**2, -1, keepdims=True) + 1e-12)

@@ -21,7 +21,7 @@ from jax import Array
 
 from core import softmax
 from core.attention import causal_attention
-from core.layers import Dropout, Init, Linear
+from core.layers import Dropout, Init, Linear, unit
 from core.rope import rotate, turned_by
 from core.rows import keep_rows, lookup
 
@@ -156,8 +156,4 @@ class SASRec(nnx.Module):
         if config.temperature is None:
             assert self.item_bias_N is not None
             return softmax.item_segment(hidden_MD, table_ND, self.item_bias_N[...])
-        return softmax.item_segment(_unit(hidden_MD) / config.temperature, _unit(table_ND))
-
-
-def _unit(x: Array) -> Array:
-    return x * jax.lax.rsqrt(jnp.sum(x**2, -1, keepdims=True) + 1e-12)
+        return softmax.item_segment(unit(hidden_MD) / config.temperature, unit(table_ND))

@@ -21,9 +21,7 @@ def _one_by_one(codes_NL: np.ndarray) -> np.ndarray:
     return np.array(rows, np.int32).reshape(len(rows), codes_NL.shape[1] + 1)
 
 
-@pytest.mark.parametrize(
-    ("levels", "size", "num_items"), [(1, 3, 50), (3, 4, 500), (2, 256, 99), (3, 2, 1), (2, 5, 0)]
-)
+@pytest.mark.parametrize(("levels", "size", "num_items"), [(1, 3, 50), (3, 4, 500), (2, 256, 99), (3, 2, 1), (2, 5, 0)])
 def test_equals_the_definition(levels: int, size: int, num_items: int) -> None:
     codes_NL = np.random.default_rng(0).integers(0, size, (num_items, levels))
     got = with_suffix(codes_NL)
