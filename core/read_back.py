@@ -136,7 +136,8 @@ def _by_layer(
         first = of_layer(0)
         x_BTD = begin(first, jnp.asarray(probe(config)))
         for layer in range(config.num_layers):
-            x_BTD = go_on(of_layer(layer), x_BTD)
+            # Before it is done the next layer's parameters are not needed.
+            x_BTD = jax.block_until_ready(go_on(of_layer(layer), x_BTD))
         return np.asarray(end(first, x_BTD))
 
 
