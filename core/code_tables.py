@@ -60,6 +60,13 @@ def build(codes_NL: np.ndarray, level_sizes: Sequence[int], at_least: TableShape
     return SemanticIDs(shape, _arrays(codes, order, starts, labels, nodes, shape))
 
 
+def largest_shape(level_sizes: Sequence[int], num_items: int) -> TableShape:
+    """The shape that holds any codes of so many items: with it as `at_least`, no re-indexing outgrows its table."""
+    sizes = tuple(level_sizes)
+    nodes = [min(num_items, math.prod(sizes[:depth])) for depth in range(len(sizes) + 1)]
+    return _shape_of(sizes, num_items, nodes, sizes)
+
+
 def _shape_of(sizes: tuple[int, ...], count: int, nodes: Sequence[int], widest: Sequence[int]) -> TableShape:
     """The padded shape of a trie with these many nodes a depth and children at most a node."""
     dense = dense_levels(sizes)

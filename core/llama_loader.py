@@ -27,6 +27,7 @@ from core.functional import FunctionalModel
 from core.hf_names import EMBEDDING, HEAD, IGNORED, Place, in_files, places
 from core.layers import Init
 from core.llama import Compute, Llama
+from core.platform import quiet_devices
 from core.quantized import Format
 from core.weight_files import (
     DTYPES,
@@ -114,6 +115,7 @@ class LlamaLoader:
             CheckpointCorrupt: a damaged file.
             CheckpointError: `.bin` weights without torch.
         """
+        quiet_devices()
         if self.starts_at_random:
             return self._random(param_dtype, Compute(dtype, remat), quantize, mesh)
         folder = self.folder()

@@ -5,13 +5,16 @@ Legend: B rows, T positions, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax import Array
 
 from core.config import LlamaConfig
 from core.hf_export import Adapters
@@ -28,30 +31,6 @@ TOLERANCE = 1e-4
 
 class ReadBackError(ValueError):
     """What was written is not, read again, what it was written from."""
-
-
-def merged_params(
-    params: nnx.State, config: LlamaConfig, added: Adapters | None, dtype: np.dtype[Any] | None
-) -> nnx.State:
-    """What the checkpoint of `core.hf_export.merged_tensors` must be when it is loaded: the same sums, in our layout.
-
-    Args:
-        params: the base.
-        added: what is merged.
-        dtype: that every parameter is rounded to; None: its own.
-    """
-    arrays = dict(nnx.to_flat_state(params))
-    for path, leaf in arrays.items():
-        array = leaf[...]
-        target = array.dtype if dtype is None else dtype
-        if added is None or path not in added.pairs:
-            arrays[path] = leaf.replace(array.astype(target))
-            continue
-        rows = np.empty(array.shape, target)
-        for layer in range(config.num_layers):
-            rows[layer] = np.asarray(array[layer]).astype(np.float32) + np.asarray(added.update(path, layer))
-        arrays[path] = leaf.replace(jnp.asarray(rows))
-    return nnx.from_flat_state([*arrays.items()])
 
 
 def rounds(
@@ -81,18 +60,85 @@ def logits(
 
     `params` may be of any dtype, or its layers in the format `quantize`: one layer at a time is widened.
     """
-    model, abstract = abstract_model(
-        config, Compute(), Init(quantize=quantize, lora=None if added is None else added.lora)
-    )
-    arrays = dict(nnx.to_flat_state(params))
-    for path, leaf in nnx.to_flat_state(abstract):
+    return _by_layer(params, config, added, quantize, lambda path, array, layer: array)
+
+
+def merged_logits(
+    params: nnx.State, config: LlamaConfig, added: Adapters | None, dtype: np.dtype[Any] | None
+) -> np.ndarray:
+    """Those that the checkpoint of `core.hf_export.merged_tensors` must give: the same sums, made a layer at a time.
+
+    Args:
+        params: the base.
+        added: what is merged.
+        dtype: that every parameter is rounded to; None: its own.
+    """
+    return _by_layer(params, config, None, None, functools.partial(merged, added, dtype))
+
+
+def merged(
+    added: Adapters | None, dtype: np.dtype[Any] | None, path: tuple[Any, ...], array: Array, layer: int | None
+) -> Array:
+    """A parameter of the base (of a layer, or of none) with what is added to it, rounded once."""
+    target = array.dtype if dtype is None else dtype
+    if added is None or layer is None or path not in added.pairs:
+        return array.astype(target)
+    total = np.asarray(array).astype(np.float32) + np.asarray(added.update(path, layer))
+    return jnp.asarray(total.astype(target))
+
+
+def _by_layer(
+    params: nnx.State,
+    config: LlamaConfig,
+    added: Adapters | None,
+    quantize: Format | None,
+    made: Callable[[tuple[Any, ...], Array, int | None], Array],
+) -> np.ndarray:
+    """Logits by a Llama of one layer, run with each layer's parameters in turn.
+
+    In one program a CPU would widen the weights of all layers before the first.
+
+    Args:
+        made: (path, array, layer or None) → the parameter to compute with.
+    """
+    init = Init(quantize=quantize, lora=None if added is None else added.lora)
+    model, abstract = abstract_model(dataclasses.replace(config, num_layers=1), Compute(), init)
+    arrays = {path: leaf[...] for path, leaf in nnx.to_flat_state(params)}
+    leaves = nnx.to_flat_state(abstract)
+    for path, _ in leaves:
         if path not in arrays:  # an adapter's half
             assert added is not None
             a, b = added.pairs[(*path[:-2], "weight")]
-            arrays[path] = leaf.replace(a if path[-1] == "a" else b)
+            arrays[path] = a if path[-1] == "a" else b
+    around = {path: made(path, arrays[path], None) for path, _ in leaves if path[0] != "layers"}
+
+    def of_layer(layer: int) -> nnx.State:
+        found = [
+            (path, leaf.replace(around[path] if path in around else made(path, arrays[path][layer], layer)[None]))
+            for path, leaf in leaves
+        ]
+        return nnx.from_flat_state(found)
+
+    @jax.jit
+    def begin(state: nnx.State, ids: Array) -> Array:
+        return nnx.merge(model.graphdef, state).embed(ids)
+
+    @jax.jit
+    def go_on(state: nnx.State, x_BTD: Array) -> Array:
+        return nnx.merge(model.graphdef, state).layer_outputs(x_BTD)[0]
+
+    @jax.jit
+    def end(state: nnx.State, x_BTD: Array) -> Array:
+        llama = nnx.merge(model.graphdef, state)
+        return llama.logits(llama.norm(x_BTD))
+
     with jax.default_matmul_precision("highest"):
-        forward = jax.jit(lambda params, ids: model.apply(params, input_ids=ids))
-        return np.asarray(forward(nnx.from_flat_state([*arrays.items()]), probe(config)))
+        first = of_layer(0)
+        x_BTD = begin(first, jnp.asarray(probe(config)))
+        for layer in range(config.num_layers):
+            # Before it is done the next layer's parameters are not needed.
+            x_BTD = jax.block_until_ready(go_on(of_layer(layer), x_BTD))
+        return np.asarray(end(first, x_BTD))
 
 
 def difference(found: np.ndarray, expected: np.ndarray) -> float:

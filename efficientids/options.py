@@ -14,8 +14,8 @@ LlamaSizeName = Literal["tiny", "1b", "3b", "7b", "8b", "8b-3.1", "13b", "tinyll
 class RunOptions:
     """What to train, on what, and where the result goes."""
 
-    recommender: Literal["efficientids", "sasrec", "item_knn", "popularity"] = "efficientids"
-    """The system to train. sasrec is the strong baseline; item_knn and popularity only count."""
+    recommender: Literal["efficientids", "etegrec", "sasrec", "item_knn", "popularity"] = "efficientids"
+    """The system to train. efficientids: item vectors in a Llama. etegrec: a Llama generates semantic IDs. sasrec is the strong baseline; item_knn and popularity only count."""
     data_dir: Path | None = None
     """A data set folder (see `python -m efficientids prepare`). Default: a generated catalogue of invented films."""
     checkpoint_dir: Path | None = None
@@ -134,7 +134,7 @@ class TrainingOptions:
     seq_len: int = 64
     """Positions of the input: the newest items of a history, and with titles the text between them."""
     max_seq_len: int | None = None
-    """The newest items of a history to look at. Default: what fits in --seq_len."""
+    """The newest items of a history to look at. Default: what fits in --seq_len; with etegrec 20."""
     init_std: float | None = None
     """Deviation of item vectors and adapters at the start. Default: 0.02 for vectors, 1/√fan-in for adapters."""
 
@@ -160,7 +160,7 @@ class ItemOptions:
     title_tokens: int = 16
     """Tokens of a title to keep."""
     tokenizer: Path | None = None
-    """tokenizer.json for titles. Default: the one beside the weights."""
+    """tokenizer.json for titles, or a --prompt. Default: the one beside the weights."""
     text_loss_weight: float = 0.0
     """Weight of a title token's loss against an item's; 0: items only."""
     item_template: str | None = None
@@ -206,7 +206,60 @@ class ItemKNNOptions:
 
 
 @dataclasses.dataclass(frozen=True)
-class TrainConfig(ItemKNNOptions, SASRecOptions, ItemOptions, TrainingOptions, LlamaOptions, PlanOptions, RunOptions):
+class SemanticIDOptions:
+    """ETEGRec: semantic IDs, their tokenizer, and how the two are trained in turn. --epochs are the recommender's."""
+
+    semantic_ids: Path | None = None
+    """The folder that `python -m efficientids tokenize` made. Default: a tokenizer is pretrained on co-occurrence
+    vectors of the training histories at the start."""
+    levels: str = "256,256,256"
+    """Codes of each level of the tokenizer; without --semantic_ids."""
+    pretrain_epochs: int = 100
+    """Of the tokenizer alone, before all else; without --semantic_ids."""
+    suffix_size: int = 256
+    """Codes of the level that tells items with equal codes apart; without --semantic_ids."""
+    code_dim: int = 128
+    """Width of a code's vector, of the tokenizer's latents, too."""
+    tie_to_tokenizer: bool = False
+    """The recommender's code tables are the tokenizer's codebooks, and not copies of them at the start."""
+    residual_grad: Literal["straight_through", "passthrough"] = "straight_through"
+    """Whether deeper levels of the quantiser give the latents a gradient (passthrough) or not."""
+    tokenizer_epochs: float = 1.0
+    """Of the tokenizer's turn, before each turn of the recommender; 0: no alternation."""
+    recommender_epochs: float = 1.0
+    """Of the recommender's turn."""
+    aligned_from: float | None = None
+    """Epochs of the recommender without alignment losses. Default: 10, or a quarter of --epochs if that is less."""
+    code_loss: float = 1.0
+    """Weight of the codes' cross-entropy."""
+    kl_loss: float = 1e-4
+    """Weight of sequence-item alignment."""
+    dec_cl_loss: float = 3e-4
+    """Weight of preference-semantic alignment."""
+    sia_sign: Literal["paper", "released"] = "paper"
+    """Softmax over negative distances, or over distances as the released code has it."""
+    targets: Literal["all", "last"] = "all"
+    """Learn every item of a history from those before it, or the last alone (the official loss)."""
+    tokenizer_learning_rate: float = 1e-4
+    """Peak, in its turns."""
+    finetune_epochs: float | None = None
+    """Then, from the best checkpoint: codes alone, tokenizer fixed. Default: a fifth of --epochs."""
+    finetune_learning_rate: float = 5e-4
+    """Peak, there."""
+    beams: int = 20
+    """Of the search; more where more results are asked for."""
+    normalise: Literal["alphabet", "children"] = "alphabet"
+    """Score codes among all of their level, as in training, or among those that lead to an item."""
+    prompt: str | None = None
+    """Text around the history's codes, as in 'Bought: {history} Next:'; needs --tokenizer or weights with one.
+    Default: codes alone."""
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig(
+    ItemKNNOptions, SASRecOptions, SemanticIDOptions, ItemOptions, TrainingOptions, LlamaOptions, PlanOptions,
+    RunOptions,
+):  # fmt: skip
     """Trains a recommender with a Llama inside. Without a flag: a tiny Llama on a generated catalogue of films."""
 
 
@@ -218,6 +271,8 @@ _COUNTED = frozenset({"recommender", "data_dir", "checkpoint_dir", "trackers"}) 
 _TRAINED = _names(RunOptions) | _names(PlanOptions) | _names(TrainingOptions)
 READS: Mapping[str, frozenset[str]] = {
     "efficientids": _TRAINED | _names(LlamaOptions) | _names(ItemOptions),
+    "etegrec": _TRAINED - {"pack_sequences", "seq_len"} | _names(LlamaOptions) | _names(SemanticIDOptions)
+    | {"tokenizer"},
     "sasrec": _TRAINED - {"max_seq_len", "pack_sequences"} | _names(SASRecOptions),
     "item_knn": _COUNTED | _names(ItemKNNOptions) | {"seq_len"},
     "popularity": _COUNTED,

@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
@@ -19,12 +20,13 @@ from core.llama_loader import LlamaLoader
 from core.lora import is_adapter
 from core.peft_export import peft_config, peft_merged, peft_tensors
 from core.quantized import Format
-from core.read_back import TOLERANCE, ReadBackError, compare, difference, logits, merged_params, rounds
+from core.read_back import TOLERANCE, ReadBackError, compare, difference, logits, merged_logits, rounds
 from core.weight_writing import Tensor
 from efficientids.errors import UserError
 from efficientids.exporting.companions import Source, copy_companions, started_from
 from efficientids.exporting.writer import Writer
 from efficientids.loading import LoadedRun, frozen_folder, open_saved
+from efficientids.preflight.room import check_host_memory
 from efficientids.systems.base import abstract
 from efficientids.systems.llama import base_is_frozen, llama_init
 
@@ -71,6 +73,10 @@ class RunLlama:
         if self.folder is None:
             assert self.saved is not None
             return self.saved
+        if jax.default_backend() == "cpu":
+            size = sum(tensor.nbytes for tensor in self.base().values())
+            # Beside it one layer at a time is widened, and the tables of words are.
+            check_host_memory(round(1.2 * size), "the Llama of the run, to compare logits with")
         return LlamaLoader(path=self.folder).load_model()[1]
 
     def quantizing(self, own: np.ndarray) -> float | None:
@@ -172,7 +178,7 @@ def _check(llama: RunLlama, dtype: np.dtype[Any] | None) -> Check:
     params = llama.params()
     own = logits(params, llama.config, llama.added)
     adapters = None if llama.added is None else difference(logits(params, llama.config), own)
-    expected = logits(merged_params(params, llama.config, llama.added, dtype), llama.config)
+    expected = merged_logits(params, llama.config, llama.added, dtype)
     return Check(expected, difference(expected, own), adapters, llama.quantizing(own))
 
 

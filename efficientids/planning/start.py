@@ -60,11 +60,12 @@ def _checked(config: TrainConfig, candidates: Candidates, devices: int) -> int:
 
 def log_peak(predicted: int | None, log: RunLog) -> None:
     """Says what the plan said and what the run came to; nothing without a prediction."""
-    real = peak_bytes(jax.local_devices()[0])
-    if predicted is None or real is None:
+    peaks = [peak for device in jax.local_devices() if (peak := peak_bytes(device)) is not None]
+    if predicted is None or not peaks:
         return
+    real = max(peaks)
     log.record({"event": "memory", "predicted_bytes": predicted, "peak_bytes": real})
     log.say(
-        f"memory: the plan said {gib(predicted)} for a step, the run came to {gib(real)} at its peak, "
-        f"evaluation and saving included"
+        f"memory: the plan said {gib(predicted)} for a step, the run came to {gib(real)} at its peak"
+        f"{', on the fullest device' if len(peaks) > 1 else ''}, evaluation and saving included"
     )

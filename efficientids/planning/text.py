@@ -51,7 +51,11 @@ def verdict(need: Need) -> str:
         f"pool: {gib(pool.memory)} × {pool.fraction:g} − {gib(pool.reserve)} in reserve (autotuning, libraries, gaps) "
         f"= {gib(pool.size)}"
     )
-    basis = "" if compiled is not None else ", by the estimate above: nothing was compiled"
+    basis = (
+        ""
+        if compiled is not None
+        else ", by the estimate above and a quarter more for activations: nothing was compiled"
+    )
     if need.fits:
         lines.append(f"FITS: {gib(need.peak)} of {gib(pool.size)} ({need.peak / pool.size:.0%}){basis}")
     elif _hopeless(need):

@@ -101,11 +101,13 @@ def read_gpu_facts() -> GpuFacts:
     )
     if driver is None and _DRIVER_FILE.exists():
         driver = parse_driver_file(_DRIVER_FILE.read_text(errors="replace"))
+    # Other packages (torch) may have brought libraries of the other CUDA.
+    major = 13 if importlib.util.find_spec("jax_cuda13_plugin") else 12
     return GpuFacts(
         driver=driver,
         capability=capability,
-        cuda=_installed("nvidia-cuda-runtime-cu12", "nvidia-cuda-runtime"),
-        cudnn=_installed("nvidia-cudnn-cu12", "nvidia-cudnn-cu13"),
+        cuda=_installed("nvidia-cuda-runtime" if major == 13 else "nvidia-cuda-runtime-cu12"),
+        cudnn=_installed(f"nvidia-cudnn-cu{major}"),
     )
 
 
@@ -135,7 +137,7 @@ def check_shared_memory(
     Args:
         devices: GPUs of this process's host that take part.
         size: bytes of /dev/shm; None: this machine's.
-        peer_to_peer: whether every GPU reaches every other; None: ask nvidia-smi.
+        peer_to_peer: whether every GPU reaches every other; None: ask nvidia-smi, which may not know.
 
     Raises:
         UserError: the start would fail, or hang, at its first reduction.
@@ -144,7 +146,8 @@ def check_shared_memory(
         return
     if peer_to_peer is None:
         peer_to_peer = all_peers(_run("nvidia-smi", "topo", "-p2p", "r"))
-    if peer_to_peer and environment.get("NCCL_P2P_DISABLE") != "1":
+    # Unknown is no reason to refuse.
+    if peer_to_peer is not False and environment.get("NCCL_P2P_DISABLE") != "1":
         return
     if size is None:
         if not _SHARED_MEMORY.is_dir():
@@ -152,21 +155,23 @@ def check_shared_memory(
         size = shutil.disk_usage(_SHARED_MEMORY).total
     if size >= SHARED_MEMORY_NEEDED:
         return
-    without = "NCCL_P2P_DISABLE=1 is set" if peer_to_peer else "these GPUs have no peer-to-peer access"
+    without = "these GPUs have no peer-to-peer access (as with NCCL_P2P_DISABLE=1)"
+    if peer_to_peer is not False:
+        without = "NCCL_P2P_DISABLE=1 is set"
     raise UserError(
         f"/dev/shm has {amount(size)}, and {amount(SHARED_MEMORY_NEEDED)} is needed: {without}, so NCCL passes data "
         f"between {devices} GPUs through shared memory. Start the container with --shm-size=1g (or --ipc=host), "
         "enlarge it with `mount -o remount,size=1G /dev/shm`, "
-        + ("unset NCCL_P2P_DISABLE, " if peer_to_peer else "")
+        + ("" if peer_to_peer is False else "unset NCCL_P2P_DISABLE, ")
         + "or set NCCL_SHM_DISABLE=1: NCCL then uses the network's sockets, which is slower"
     )
 
 
-def all_peers(text: str) -> bool:
-    """`nvidia-smi topo -p2p r`: True where it says OK for every pair of GPUs."""
+def all_peers(text: str) -> bool | None:
+    """`nvidia-smi topo -p2p r`: whether it says OK for every pair of GPUs; None where it says nothing of any."""
     rows = re.findall(r"^[ \t]*GPU\d+((?:[ \t]+(?!GPU)\S+)+)[ \t]*$", text, re.MULTILINE)
     states = [state for row in rows for state in row.split() if state != "X"]
-    return bool(states) and all(state == "OK" for state in states)
+    return all(state == "OK" for state in states) if states else None
 
 
 def _jax_may_use_cuda() -> bool:
@@ -185,14 +190,12 @@ def _run(*command: str) -> str:
     return done.stdout if done.returncode == 0 else ""
 
 
-def _installed(*packages: str) -> Version | None:
-    """The version of the first of `packages` that is installed."""
-    for package in packages:
-        try:
-            return _version(importlib.metadata.version(package))
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return None
+def _installed(package: str) -> Version | None:
+    """The version of a package; None where it is not installed."""
+    try:
+        return _version(importlib.metadata.version(package))
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 def _version(text: str) -> Version:

@@ -129,6 +129,21 @@ class Turns:
     finetune: OptimizerConfig | None = None
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class Contents:
+    """What the model holds before its first step that no random start gives.
+
+    Attributes:
+        codes_NL: int [N, L], suffixes included, of items 1 … N.
+        tokenizer: the RQ-VAE that gave them; None with codes that came without one.
+        vectors_NI: float32 [N + 1, I], its input, row 0 zeros.
+    """
+
+    codes_NL: np.ndarray
+    tokenizer: RQVAE | None = None
+    vectors_NI: np.ndarray | None = None
+
+
 class ETEGRecModel(LlamaETEGRecModel):
     """The recommender, the tokenizer, the code table with its trie, and the tokenizer's input: one value.
 
@@ -162,6 +177,7 @@ class ETEGRec:
         compute, init: how the Llama computes and starts.
         training, turns: None where nothing is to be trained; `training` is of the recommender's turns, its
             `llama_optimizer` None for a frozen Llama.
+        contents: for `filled`; None where a checkpoint fills the model.
     """
 
     def __init__(
@@ -172,9 +188,10 @@ class ETEGRec:
         init: Init | None = None,
         training: Training | None = None,
         turns: Turns | None = None,
+        contents: Contents | None = None,
     ) -> None:
         self.spec, self._compute, self._init = spec, compute, init
-        self._training, self._turns = training, turns
+        self._training, self._turns, self._contents = training, turns, contents
 
     @property
     def max_items(self) -> int:
@@ -187,8 +204,33 @@ class ETEGRec:
         return f"newest {self.max_items} items; {self.spec.beams} beams"
 
     def init(self, key: jax.Array) -> ETEGRecModel:
-        """The whole system at its start, with empty buffers (`systems.etegrec` fills them)."""
+        """The whole system at its start, but for what `filled` puts there."""
         return ETEGRecModel(self.spec, key, compute=self._compute, init=self._init)
+
+    def filled(self, model: ETEGRecModel) -> ETEGRecModel:
+        """The model with the tokenizer, the codes that it gave, and tables that start as its codebooks.
+
+        Raises:
+            ValueError: codes that the model's table cannot hold, or item vectors or a tokenizer of other shapes.
+        """
+        contents, spec = self._contents, self.spec
+        if contents is None:
+            raise ValueError("this recommender was built without `contents`")
+        nnx.update(model.ids, nnx.state(build(contents.codes_NL, spec.table.level_sizes, spec.table)))
+        if model.tokenizer is None or contents.tokenizer is None:
+            return model
+        assert contents.vectors_NI is not None and model.vectors_NI is not None
+        if contents.vectors_NI.shape != model.vectors_NI.shape or contents.tokenizer.config != spec.tokenizer:
+            raise ValueError(
+                f"vectors {contents.vectors_NI.shape} and tokenizer {contents.tokenizer.config}; the model is made for "
+                f"{model.vectors_NI.shape} and {spec.tokenizer}"
+            )
+        nnx.update(model.tokenizer, nnx.state(contents.tokenizer))
+        model.vectors_NI[...] = jnp.asarray(contents.vectors_NI, jnp.float32)
+        if not spec.tied:
+            for table, codebook in zip(model.tables, model.tokenizer.quantizer.codebooks, strict=False):
+                table[...] = codebook[...] + 0  # arrays of their own: the steps of one give theirs away
+        return model
 
     def plan(self) -> Sequence[Phase | Cycle]:
         """Tokenizer and recommender in turn, then codes alone from the best checkpoint."""

@@ -9,6 +9,7 @@ from efficientids.systems.base import System
 # --recommender → the module that has it as `SYSTEM`; imported only when asked for.
 _MODULES = {
     "efficientids": "efficientids.systems.efficientids",
+    "etegrec": "efficientids.systems.etegrec",
     "sasrec": "efficientids.systems.sasrec",
     "item_knn": "efficientids.systems.baselines",
     "popularity": "efficientids.systems.baselines",

@@ -23,7 +23,7 @@ from core.llama import Llama
 from core.llama_loader import LlamaLoader
 from core.lora import TARGETS, LoRAConfig, adapters
 from core.peft_export import peft_config, peft_merged, peft_tensors
-from core.read_back import TOLERANCE, ReadBackError, compare, difference, logits, merged_params, probe, rounds
+from core.read_back import TOLERANCE, ReadBackError, compare, difference, logits, merged, merged_logits, probe, rounds
 from core.weight_writing import write_tensors
 from tests.core.checkpoints import assert_same, tensors_of, write
 
@@ -142,14 +142,26 @@ def test_the_sum_is_made_in_float32_and_rounded_once(tmp_path: Path) -> None:
         np.testing.assert_allclose(found.astype(np.float64), exact, rtol=half_a_step, atol=1e-6)
 
 
+def merged_params(params: nnx.State, added: Adapters, dtype: np.dtype[Any] | None) -> nnx.State:
+    """Every layer's `core.read_back.merged`, stacked."""
+
+    def whole_leaf(path: tuple[Any, ...], leaf: Any) -> Any:
+        if path[0] != "layers":
+            return leaf.replace(merged(added, dtype, path, leaf[...], None))
+        return leaf.replace(jnp.stack([merged(added, dtype, path, row, i) for i, row in enumerate(leaf[...])]))
+
+    return nnx.from_flat_state([(path, whole_leaf(path, leaf)) for path, leaf in nnx.to_flat_state(params)])
+
+
 @pytest.mark.parametrize("dtype", [None, np.float16, np.float32])
 def test_rounded_checkpoints_are_exactly_the_rounded_sums(tmp_path: Path, dtype: Any) -> None:
     base, added = checkpoint(tmp_path / "base", SMALL, ml_dtypes.bfloat16), trained(SMALL)
     target = None if dtype is None else np.dtype(dtype)
-    merged = whole(base, tmp_path / "merged", SMALL, added, target)
+    folder = whole(base, tmp_path / "merged", SMALL, added, target)
     params = LlamaLoader(path=base).load_model()[1]
-    read = LlamaLoader(path=merged).load_model()[1]
-    assert_same(read, merged_params(params, SMALL, added, target))
+    read = LlamaLoader(path=folder).load_model()[1]
+    assert_same(read, merged_params(params, added, target))
+    compare(logits(read, SMALL), merged_logits(params, SMALL, added, target))
     error = difference(logits(read, SMALL), logits(params, SMALL, added))
     assert rounds(checkpoint_tensors(base, SMALL), SMALL, added, target) == (dtype is not np.float32)
     assert (error <= TOLERANCE) == (dtype is np.float32)

@@ -50,7 +50,7 @@ def title_table(
     encoder.no_truncation()
     encoder.no_padding()
     encoder.encode_special_tokens = True
-    bos = _bos(encoder, tokenizer)
+    bos = start_token(encoder, tokenizer)
 
     def texts() -> Iterator[pl.Series]:
         return (template.render(chunk) for chunk in items.select(template.columns).iter_slices(_CHUNK))
@@ -78,7 +78,7 @@ def _table(tokens: np.ndarray, offsets: np.ndarray, max_tokens: int) -> np.ndarr
     return table
 
 
-def _bos(encoder: Tokenizer, tokenizer: Path) -> int:
+def start_token(encoder: Tokenizer, tokenizer: Path) -> int:
     """What a sequence starts with: the tokenizer's bos_token, or where it has none (Qwen) the model's bos_token_id."""
     file = tokenizer.with_name("tokenizer_config.json")
     try:

@@ -155,7 +155,10 @@ def test_the_command_line(capsys: pytest.CaptureFixture[str]) -> None:
     code, text = run(capsys, "--json", "--recommender=sasrec")
     found = json.loads(text)
     assert code == 0 and found["by"] == "estimate" and found["fits"] and len(found["devices"]) == 4
-    assert found["estimate"]["total"] == found["peak"] and found["pool"]["fraction"] == 0.92
+    assert (
+        found["estimate"]["total"] < found["peak"] < 1.25 * found["estimate"]["total"]
+        and found["pool"]["fraction"] == 0.92
+    )
     assert found["bound"]["seconds"] > 0 and found["device"]["name"] == "NVIDIA GeForce RTX 5090"
     code, text = run(capsys, "--llama_size=8b", "--train=full", "--quick")
     assert code == plan.NOTHING_FITS and "DOES NOT FIT" in text

@@ -102,8 +102,8 @@ def test_without_nvidia_smi_the_drivers_file_is_read(monkeypatch: pytest.MonkeyP
 
 def test_peers_are_read_from_the_topology() -> None:
     assert all_peers(PEERS)
-    assert not all_peers(PEERS.replace("GPU1\tOK", "GPU1\tCNS"))
-    assert not all_peers("")
+    assert all_peers(PEERS.replace("GPU1\tOK", "GPU1\tCNS")) is False
+    assert all_peers("") is None  # no nvidia-smi: unknown, and no reason to refuse
 
 
 SMALL, ENOUGH = 64 * 2**20, 2**30
@@ -117,15 +117,19 @@ SMALL, ENOUGH = 64 * 2**20, 2**30
         (2, SMALL, True, {}),
         (2, SMALL, False, {"NCCL_SHM_DISABLE": "1"}),
         (2, ENOUGH, True, {"NCCL_P2P_DISABLE": "1"}),
+        (2, SMALL, None, {}),
     ],
 )
-def test_shared_memory_that_suffices(devices: int, size: int, peers: bool, environment: dict[str, str]) -> None:
+def test_shared_memory_that_suffices(
+    devices: int, size: int, peers: bool | None, environment: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gpu, "_run", lambda *_: "")
     check_shared_memory(devices, size=size, peer_to_peer=peers, environment=environment)
 
 
 def test_little_shared_memory_without_peers_is_refused_with_the_ways_out() -> None:
     with pytest.raises(UserError, match=r"/dev/shm has 64 MiB, and 1.0 GiB is needed.*--shm-size=1g") as raised:
         check_shared_memory(8, size=SMALL, peer_to_peer=False, environment={})
-    assert "NCCL_SHM_DISABLE=1" in str(raised.value)
+    assert "NCCL_SHM_DISABLE=1" in str(raised.value) and "NCCL_P2P_DISABLE=1" in str(raised.value)
     with pytest.raises(UserError, match=r"NCCL_P2P_DISABLE=1 is set.*unset NCCL_P2P_DISABLE"):
         check_shared_memory(8, size=SMALL, peer_to_peer=True, environment={"NCCL_P2P_DISABLE": "1"})

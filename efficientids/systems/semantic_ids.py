@@ -1,0 +1,145 @@
+"""What ETEGRec is given beside its parameters: semantic IDs with the tokenizer that made them, and text around them."""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from tokenizers import Tokenizer as TextTokenizer
+
+from core.code_sequences import Template
+from core.config import LlamaConfig
+from core.rqvae import RQVAEConfig
+from core.semantic_ids import version_name
+from efficientids import processes
+from efficientids.data.dataset import Dataset
+from efficientids.data.texts.tokens import start_token
+from efficientids.errors import UserError
+from efficientids.options import TrainConfig
+from efficientids.recommenders.etegrec import Contents
+from efficientids.systems.base import Earlier
+from efficientids.systems.llama import starts_at_random, weights_folder
+from efficientids.tokenizing.making import make_tokenizer
+from efficientids.tokenizing.settings import TokenizerSettings
+from efficientids.tokenizing.tokenizer import Tokenizer, open_tokenizer
+from efficientids.tokenizing.vectors import COOCCURRENCE_DIM, from_histories, joined
+
+_HISTORY = "{history}"
+
+
+class CodeShapes(NamedTuple):
+    """What is known of semantic IDs before there are any.
+
+    level_sizes: codes of each level, the suffix level's last. rqvae: the tokenizer's shape; None of codes that came
+    without an RQ-VAE.
+    """
+
+    level_sizes: tuple[int, ...]
+    rqvae: RQVAEConfig | None
+
+
+def code_shapes(config: TrainConfig) -> CodeShapes:
+    """Those of --semantic_ids, or of the tokenizer that will be pretrained.
+
+    Raises:
+        UserError: no such tokenizer, or one whose codes are of another width than --code_dim.
+    """
+    if config.semantic_ids is None:
+        settings = _settings(config)
+        return CodeShapes((*settings.levels, settings.suffix_size), settings.rqvae(COOCCURRENCE_DIM))
+    given = _opened(config.semantic_ids, None)
+    if given.rqvae is not None and given.rqvae.latent_dim != config.code_dim:
+        raise UserError(
+            f"--code_dim {config.code_dim}: the codebooks of --semantic_ids {config.semantic_ids} have width "
+            f"{given.rqvae.latent_dim}; give that"
+        )
+    return CodeShapes(given.level_sizes, given.rqvae)
+
+
+def contents(config: TrainConfig, dataset: Dataset) -> Contents:
+    """Codes and tokenizer of --semantic_ids; without it, of a tokenizer pretrained on co-occurrence vectors.
+
+    Raises:
+        UserError: what `open_tokenizer` and `make_tokenizer` refuse.
+    """
+    if config.semantic_ids is not None:
+        found = _opened(config.semantic_ids, dataset)
+    else:
+        vectors = joined([("cooccurrence", from_histories(dataset, COOCCURRENCE_DIM, config.seed))])
+        found = make_tokenizer(vectors, _settings(config), _say)
+    rqvae = None if found.rqvae is None else found.rqvae_model()
+    return Contents(np.asarray(found.codes_NL[1:]), rqvae, None if rqvae is None else found.vectors_NI)
+
+
+def check_same_codes(config: TrainConfig, dataset: Dataset, earlier: Earlier) -> None:
+    """Refuses --semantic_ids of another version than the codes that `earlier`'s parameters were trained on.
+
+    Raises:
+        UserError: names both versions.
+    """
+    if config.semantic_ids is None:
+        return
+    trained_on = version_name(earlier.model.ids.version[...])  # type: ignore[attr-defined]
+    given = _opened(config.semantic_ids, dataset).version
+    if given != trained_on:
+        raise UserError(
+            f"--semantic_ids {config.semantic_ids} are of version {given}, and the parameters of {earlier.where} were "
+            f"trained on codes of version {trained_on}; leave --semantic_ids out: the checkpoint holds its own"
+        )
+
+
+def prompt_template(config: TrainConfig, llama: LlamaConfig) -> Template | None:
+    """The --prompt as tokens; None without one.
+
+    Raises:
+        UserError: it does not say where the history stands, or there is no tokenizer to read it with.
+    """
+    if config.prompt is None:
+        return None
+    if config.prompt.count(_HISTORY) != 1:
+        raise UserError(f"--prompt {config.prompt!r}: say once where the history stands, with {_HISTORY}")
+    if config.tokenizer is None and starts_at_random(config):
+        raise UserError("--prompt needs a tokenizer: give --tokenizer FILE, or --weights with one beside them")
+    file = config.tokenizer or weights_folder(config) / "tokenizer.json"
+    prefix, suffix = _tokens(file, *config.prompt.split(_HISTORY))
+    largest = max(*prefix, *suffix, 0)
+    if largest >= llama.vocab_size:
+        raise UserError(
+            f"--tokenizer {file}: token id {largest}, the Llama's vocabulary has {llama.vocab_size}; use the tokenizer "
+            "that belongs to the weights"
+        )
+    return Template(prefix, suffix)
+
+
+@functools.cache
+def _tokens(file: Path, before: str, after: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    try:
+        encoder = TextTokenizer.from_file(str(file))
+    except Exception as error:  # the library raises a bare Exception for a missing or malformed file
+        raise UserError(f"--tokenizer {file} cannot be read: {error}") from error
+    texts = (text.strip() for text in (before, after))
+    prefix, suffix = (encoder.encode(text, add_special_tokens=False).ids if text else [] for text in texts)
+    return (start_token(encoder, file), *prefix), tuple(suffix)
+
+
+@functools.cache
+def _opened(path: Path, dataset: Dataset | None) -> Tokenizer:
+    return open_tokenizer(path, dataset)
+
+
+def _settings(config: TrainConfig) -> TokenizerSettings:
+    try:
+        levels = tuple(int(size) for size in config.levels.split(","))
+    except ValueError as error:
+        raise UserError(f"--levels {config.levels}: give numbers, comma-separated, as in 256,256,256") from error
+    return TokenizerSettings(
+        levels=levels, suffix_size=config.suffix_size, latent_dim=config.code_dim, residual_grad=config.residual_grad,
+        epochs=config.pretrain_epochs, seed=config.seed,
+    )  # fmt: skip
+
+
+def _say(line: str) -> None:
+    if processes.is_first():
+        print(f"tokenizer: {line}", flush=True)

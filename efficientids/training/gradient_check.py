@@ -1,0 +1,93 @@
+"""`--check_gradients`: what each phase's loss gives to each part of the model, before anything is trained.
+
+A part that should learn and gets nothing is a bug that no loss curve shows. Every part is listed, with the norm of its
+gradient in the first batch, or with the reason why it has none.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+
+from core.lora import is_adapter
+from efficientids.recommenders.base import Phase, Recommender, turns
+
+FROZEN = "no gradient: frozen in this phase"
+STARTS_AT_ZERO = "zero: B, which it is multiplied by, starts at zero"
+NOT_READ = "zero: the loss of this batch does not depend on it"
+
+
+class Part(NamedTuple):
+    """A part of the model in a phase: its path, numbers in it, and its gradient's norm, or why there is none."""
+
+    phase: str
+    path: str
+    size: int
+    norm: float | None
+    reason: str | None
+
+
+def check_gradients(recommender: Recommender, model: nnx.Module, seed: int) -> list[Part]:
+    """The parts of a model at its start, in each phase of its plan.
+
+    The loss is that of the phase's last step, when all its terms are on, in the first batch of the run.
+    """
+    return [part for phase, repeats in turns(recommender.plan()) for part in _parts(phase, repeats, model, seed)]
+
+
+def _parts(phase: Phase, repeats: int, model: nnx.Module, seed: int) -> list[Part]:
+    trained = nnx.All(nnx.Param, nnx.Any(*(filter_ for filter_, _ in phase.groups)))
+    graphdef, params, other, rest = nnx.split(model, trained, nnx.Param, ...)
+    batch = {name: value for name, value in next(phase.batches(seed, 0)).items() if name in phase.batch_specs[0]}
+    last = jnp.asarray(phase.num_steps * repeats - 1)
+
+    def mean(params: nnx.State) -> jax.Array:
+        found = phase.loss(nnx.merge(graphdef, params, other, rest), batch, jax.random.key(seed), last)
+        return found.total / jnp.maximum(found.weight, 1e-9)
+
+    grads = jax.jit(jax.grad(mean))(params)
+    adapters = set(_by_part(nnx.filter_state(params, is_adapter)))
+    parts = []
+    for path, leaves in _by_part(grads).items():
+        norm = float(optax.tree.norm(leaves))
+        half = path.endswith(".a") and path in adapters
+        reason = None if norm else STARTS_AT_ZERO if half else NOT_READ
+        parts.append(Part(phase.name, path, _size(leaves), norm, reason))
+    parts += [Part(phase.name, path, _size(leaves), None, FROZEN) for path, leaves in _by_part(other).items()]
+    return parts
+
+
+def _by_part(state: nnx.State) -> Mapping[str, Sequence[Any]]:
+    """Arrays by the part that they belong to: a path without the name of a weight or bias."""
+    found: dict[str, list[Any]] = {}
+    for path, leaf in nnx.to_flat_state(state):
+        names = [str(name) for name in path]
+        if names[-1] in ("weight", "bias", "scale") and len(names) > 1:
+            names.pop()
+        found.setdefault(".".join(names), []).append(leaf[...])
+    return found
+
+
+def _size(leaves: Sequence[Any]) -> int:
+    return sum(leaf.size for leaf in leaves)
+
+
+def as_text(parts: Sequence[Part]) -> str:
+    """A table, a phase after the other; frozen parts by their first name, for a Llama has many."""
+    lines = []
+    for phase in dict.fromkeys(part.phase for part in parts):
+        lines.append(f"gradients of phase {phase!r}:")
+        mine = [part for part in parts if part.phase == phase]
+        for part in (part for part in mine if part.norm is not None):
+            shown = f"{part.norm:12.4g}" if part.norm else f"{'0':>12}  {part.reason}"
+            lines.append(f"  {part.path:<48}{part.size:>14,}{shown}")
+        frozen: dict[str, int] = {}
+        for part in (part for part in mine if part.norm is None):
+            frozen[part.path.split(".")[0]] = frozen.get(part.path.split(".")[0], 0) + part.size
+        lines += [f"  {name:<48}{size:>14,}              {FROZEN}" for name, size in frozen.items()]
+    return "\n".join(lines)
