@@ -15,7 +15,8 @@ class RunOptions:
     """What to train, on what, and where the result goes."""
 
     recommender: Literal["efficientids", "etegrec", "sasrec", "item_knn", "popularity"] = "efficientids"
-    """The system to train. efficientids: item vectors in a Llama. etegrec: a Llama generates semantic IDs. sasrec is the strong baseline; item_knn and popularity only count."""
+    """The system to train. efficientids: item vectors in a Llama. etegrec: semantic IDs that a Llama generates. sasrec is
+    the strong baseline; item_knn and popularity only count."""
     data_dir: Path | None = None
     """A data set folder (see `python -m efficientids prepare`). Default: a generated catalogue of invented films."""
     checkpoint_dir: Path | None = None

@@ -295,12 +295,11 @@ class ETEGRec:
     def recommend(self, model: nnx.Module, histories: Histories, k: int, exclude: np.ndarray | None) -> Ranked:
         """The k best items that the search finds; see `core.beam_search` for what is exact.
 
+        A row of length 0 (padding) gets no item: there is nothing to continue.
+
         Raises:
-            ValueError: ids outside 0 … N, or a history of length 0.
+            ValueError: ids outside 0 … N.
         """
-        if (histories.lengths < 1).any():
-            row = int(np.argmin(histories.lengths))
-            raise ValueError(f"histories: row {row} has length 0; there is nothing to continue")
         return ranked(
             self._top_k, model, histories, k, exclude, max_items=self.max_items, num_items=self.spec.num_items
         )
@@ -312,7 +311,9 @@ class ETEGRec:
         model, spec = nnx.merge(graphdef, state), self.spec
         sequence = self.sequence(model, ids, lengths, with_target=False)
         beams = max(spec.beams, k)
-        return model.top_k(sequence, model.ids, k, beams=beams, exclude=exclude, normalise=spec.normalise)
+        scores, items = model.top_k(sequence, model.ids, k, beams=beams, exclude=exclude, normalise=spec.normalise)
+        real_B1 = (lengths > 0)[:, None]
+        return jnp.where(real_B1, scores, -jnp.inf), jnp.where(real_B1, items, 0)
 
     def sequence(
         self, model: ETEGRecModel, item_ids_BH: jax.Array, lengths_B: jax.Array, *, with_target: bool

@@ -42,7 +42,8 @@ def check_gradients(recommender: Recommender, model: nnx.Module, seed: int) -> l
 
 def _parts(phase: Phase, repeats: int, model: nnx.Module, seed: int) -> list[Part]:
     trained = nnx.All(nnx.Param, nnx.Any(*(filter_ for filter_, _ in phase.groups)))
-    graphdef, params, other, rest = nnx.split(model, trained, nnx.Param, ...)
+    graphdef, *states = nnx.split(model, trained, nnx.Param, ...)
+    params, other, rest = states
     batch = {name: value for name, value in next(phase.batches(seed, 0)).items() if name in phase.batch_specs[0]}
     last = jnp.asarray(phase.num_steps * repeats - 1)
 

@@ -102,15 +102,16 @@ class _Trainer:
 
     def __init__(self, options: TrainerOptions, log: RunLog, validate: Validate, checkpoints: Writer) -> None:
         self._options, self._log, self._validate, self._checkpoints = options, log, validate, checkpoints
-        self._done = 0
+        self._done, self._best_value = 0, -math.inf
 
     def run(self, cycle: Cycle, model: nnx.Module) -> nnx.Module:
         """Returns the model after the last step."""
-        patience = _Patience(self._options.patience)
+        patience = _Patience(self._options.patience, self._best_value)
         turns: dict[str, _Turns] = {}
         for _ in range(cycle.repeats):
             for phase in cycle.phases:
                 model, ends = self._turn(phase, cycle.repeats, model, turns, patience)
+                self._best_value = patience.best
                 if ends:
                     return model
         return model
@@ -149,15 +150,15 @@ class _Trainer:
 
 
 class _Patience:
-    """Counts validations since the best one of a cycle."""
+    """Counts a cycle's validations since the best one, of this cycle or before it."""
 
-    def __init__(self, patience: int) -> None:
-        self._patience, self._best, self.waited = patience, -math.inf, 0
+    def __init__(self, patience: int, best: float) -> None:
+        self._patience, self.best, self.waited = patience, best, 0
 
     def improved(self, value: float) -> bool:
         """Told of a validation: is it the best so far? Of equals the later one, as Orbax keeps it."""
-        better = value >= self._best
-        self._best, self.waited = (value, 0) if better else (self._best, self.waited + 1)
+        better = value >= self.best
+        self.best, self.waited = (value, 0) if better else (self.best, self.waited + 1)
         return better
 
     @property
