@@ -22,7 +22,7 @@ from efficientids.errors import UserError
 from efficientids.options import TrainConfig
 from efficientids.recommenders.base import Recommender, in_base
 from efficientids.runs import RunFolder, locate
-from efficientids.systems.base import System, abstract, differing_fields, items_sha256
+from efficientids.systems.base import System, abstract, differing_fields
 from efficientids.systems.llama import llama_init, load_llama
 
 
@@ -163,7 +163,7 @@ def frozen_folder(loaded: LoadedRun) -> Path | None:
 
 def check_same_items(loaded: LoadedRun, dataset: Dataset) -> None:
     """Refuses a data set whose items are not the run's: its vectors would stand for other items."""
-    if items_sha256(dataset) != loaded.description["dataset"]["items_sha256"]:
+    if dataset.items_sha256 != loaded.description["dataset"]["items_sha256"]:
         raise UserError(
             f"{dataset.path} has other items than the data set of {loaded.run.path}: "
             "the item vectors would stand for other items. Use the data set that the run was trained on"

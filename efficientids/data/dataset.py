@@ -6,6 +6,7 @@ Legend: U users, n interactions, N catalogue size, h the history of one user, ol
 from __future__ import annotations
 
 import functools
+import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
@@ -132,6 +133,11 @@ class Dataset:
     def items(self) -> pl.DataFrame:
         """One row an item, in the order of `item` (1..N): item, item_id, title, genres, …"""
         return read_table(self.path / layout.ITEMS)
+
+    @functools.cached_property
+    def items_sha256(self) -> str:
+        """Which item each index stands for: the sha256 of the external ids in order, a line each."""
+        return hashlib.sha256("\n".join(self.items["item_id"].to_list()).encode()).hexdigest()
 
     @functools.cached_property
     def users(self) -> pl.DataFrame:

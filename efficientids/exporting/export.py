@@ -12,7 +12,7 @@ from core.hf_export import Adapters, NotExportable
 from core.read_back import TOLERANCE, ReadBackError
 from core.weight_files import CheckpointError
 from core.weight_writing import check_written
-from efficientids.data.preparation.workplace import workplace
+from efficientids.data.preparation.workplace import check_new_folder, workplace
 from efficientids.errors import UserError
 from efficientids.exporting import tables
 from efficientids.exporting.llama import (
@@ -71,7 +71,7 @@ def export(job: Job, progress: Callable[[int, int], None], say: Callable[[str], 
         UserError: what cannot be exported so, a folder that cannot be written, or an export that did not read back as
             what it was written from. `output` is then as it was.
     """
-    _refuse(job.output)
+    check_new_folder(job.output)
     make = _as_tables if job.format == "safetensors" else _as_llama
     try:
         with workplace(job.output, "export") as place:
@@ -90,15 +90,6 @@ def export(job: Job, progress: Callable[[int, int], None], say: Callable[[str], 
     except OSError as error:
         raise UserError(f"--output {job.output} cannot be written ({error}); nothing was left there") from error
     return made.facts
-
-
-def _refuse(output: Path) -> None:
-    if output.exists() and not output.is_dir():
-        raise UserError(f"--output {output} is a file; give a folder")
-    if output.is_dir() and any(output.iterdir()):
-        raise UserError(f"--output {output} is not empty; give a new folder")
-    if not output.resolve().parent.is_dir():
-        raise UserError(f"--output {output}: no folder {output.parent}")
 
 
 def _as_tables(job: Job, writer: Writer, say: Callable[[str], None]) -> _Made:

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jax.numpy as jnp
 import ml_dtypes  # noqa: F401  # safetensors finds bfloat16 by it
 import numpy as np
 from flax import nnx
 from safetensors import safe_open
 
-from core.functional import Buffer
+from core.functional import Buffer, filled, named
 from core.lora import LoRAParam
 from core.quantized import QuantizedParam
 from core.read_back import ReadBackError
@@ -34,10 +34,11 @@ class Variable(NamedTuple):
 def variables(model: nnx.Module, *, with_llama: bool) -> dict[str, Variable]:
     """The variables of a model by their paths, as in "items.table_NE"."""
     found = {}
-    for path, variable in nnx.to_flat_state(nnx.state(model)):
+    for name, variable in named(nnx.state(model)).items():
+        path = tuple(name.split("."))
         if with_llama or not in_llama(path, variable):
             kind = next((word for known, word in _KINDS.items() if isinstance(variable, known)), "state")
-            found[_name(path)] = Variable(Tensor.of(variable[...]), kind, _part(model, path))
+            found[name] = Variable(Tensor.of(variable[...]), kind, _part(model, path))
     return found
 
 
@@ -47,20 +48,17 @@ def read_model(folder: Path, files: list[str], recommender: Recommender) -> nnx.
     Raises:
         ReadBackError: variables are missing, or of another shape or dtype, or there are more.
     """
-    graphdef, state = abstract(recommender)
-    leaves = {_name(path): (path, leaf) for path, leaf in nnx.to_flat_state(state)}
-    filled = []
-    for file in files:
-        with safe_open(folder / file, framework="np") as opened:
-            for name in opened.keys():  # noqa: SIM118  # no dictionary
-                array = opened.get_tensor(name)
-                path, leaf = leaves.pop(name, ((), None))
-                if leaf is None or (array.shape, array.dtype) != (leaf.shape, leaf.dtype):
-                    raise ReadBackError(f"{file}: {name} {array.dtype} {list(array.shape)} is not of this model")
-                filled.append((path, leaf.replace(jnp.asarray(array))))
-    if leaves:
-        raise ReadBackError(f"{', '.join(leaves)}: not there when read back")
-    return nnx.merge(graphdef, nnx.from_flat_state(filled))
+
+    def tensors() -> Iterator[tuple[str, np.ndarray]]:
+        for file in files:
+            with safe_open(folder / file, framework="np") as opened:
+                for name in opened.keys():  # noqa: SIM118  # no dictionary
+                    yield name, opened.get_tensor(name)
+
+    try:
+        return filled(*abstract(recommender), tensors())
+    except ValueError as error:
+        raise ReadBackError(f"read back: {error}") from error
 
 
 def probe(recommender: Recommender, model: nnx.Module) -> Ranked:
@@ -73,10 +71,6 @@ def compare_ranked(found: Ranked, expected: Ranked) -> None:
     """Raises ReadBackError unless items and scores are the same: they come from the same bits by the same program."""
     if not all(np.array_equal(a, b) for a, b in zip(found, expected, strict=True)):
         raise ReadBackError("read back, the model recommends other items, or with other scores")
-
-
-def _name(path: tuple[Any, ...]) -> str:
-    return ".".join(map(str, path))
 
 
 def _part(model: nnx.Module, path: tuple[Any, ...]) -> str:

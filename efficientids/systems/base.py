@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -270,7 +269,7 @@ def describe(
         "dataset": {
             "path": str(data.relative_to(home) if data.is_relative_to(home) else data),
             "fingerprint": dataset.fingerprint,
-            "items_sha256": items_sha256(dataset),
+            "items_sha256": dataset.items_sha256,
         },
         "frozen_weights": weights,
     }
@@ -279,11 +278,6 @@ def describe(
 def precision_of(config: TrainConfig) -> str:
     """What a resolved configuration computes in; recommenders without a choice compute in float32."""
     return config.precision if "precision" in READS[config.recommender] else "float32"
-
-
-def items_sha256(dataset: Dataset) -> str:
-    """Which item each index stands for: the sha256 of the external ids in order, a line each."""
-    return hashlib.sha256("\n".join(dataset.items["item_id"].to_list()).encode()).hexdigest()
 
 
 def differing_fields(one: Any, other: Any, prefix: str = "") -> list[str]:

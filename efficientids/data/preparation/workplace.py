@@ -54,6 +54,16 @@ def check_destination(path: Path, overwrite: bool) -> None:
         raise UserError(f"{path}: holds {foreign[0]}, no part of the data set; move it away before --overwrite")
 
 
+def check_new_folder(output: Path) -> None:
+    """Raises UserError unless `output` (of the flag --output) can be made: new or empty, in a folder that is there."""
+    if output.exists() and not output.is_dir():
+        raise UserError(f"--output {output} is a file; give a folder")
+    if output.is_dir() and any(output.iterdir()):
+        raise UserError(f"--output {output} is not empty; give a new folder")
+    if not output.resolve().parent.is_dir():
+        raise UserError(f"--output {output}: no folder {output.parent}")
+
+
 class Workplace:
     """An open work folder. `path` is where files may be made; all of it is removed at the end."""
 
