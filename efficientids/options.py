@@ -15,8 +15,8 @@ class RunOptions:
     """What to train, on what, and where the result goes."""
 
     recommender: Literal["efficientids", "etegrec", "sasrec", "item_knn", "popularity"] = "efficientids"
-    """The system to train. efficientids: item vectors in a Llama. etegrec: semantic IDs that a Llama generates. sasrec is
-    the strong baseline; item_knn and popularity only count."""
+    """The system to train. efficientids: item vectors in a Llama. etegrec: semantic IDs that a Llama generates. sasrec
+    is the strong baseline; item_knn and popularity only count."""
     data_dir: Path | None = None
     """A data set folder (see `python -m efficientids prepare`). Default: a generated catalogue of invented films."""
     checkpoint_dir: Path | None = None
@@ -272,7 +272,9 @@ _COUNTED = frozenset({"recommender", "data_dir", "checkpoint_dir", "trackers"}) 
 _TRAINED = _names(RunOptions) | _names(PlanOptions) | _names(TrainingOptions)
 READS: Mapping[str, frozenset[str]] = {
     "efficientids": _TRAINED | _names(LlamaOptions) | _names(ItemOptions),
-    "etegrec": _TRAINED - {"pack_sequences", "seq_len"} | _names(LlamaOptions) | _names(SemanticIDOptions)
+    "etegrec": _TRAINED - {"pack_sequences", "seq_len"}
+    | _names(LlamaOptions)
+    | _names(SemanticIDOptions)
     | {"tokenizer"},
     "sasrec": _TRAINED - {"max_seq_len", "pack_sequences"} | _names(SASRecOptions),
     "item_knn": _COUNTED | _names(ItemKNNOptions) | {"seq_len"},

@@ -233,10 +233,9 @@ class Packing(NamedTuple):
 def start_at_random(recommender: Recommender, config: TrainConfig, mesh: Mesh | None = None) -> nnx.Module:
     """All parameters at their random start, the same on any mesh."""
     key = jax.random.key(config.seed)
-    if mesh is None:
-        return jax.jit(recommender.init)(key)
     graphdef, state = abstract(recommender)
-    laid = sharding.shardings(state, mesh)
+    laid = None if mesh is None else sharding.shardings(state, mesh)
+    # Out of the program comes the state alone: parameters that parts of a module share would come out twice.
     return nnx.merge(graphdef, jax.jit(lambda: nnx.state(recommender.init(key)), out_shardings=laid)())
 
 
