@@ -34,6 +34,8 @@ class RunOptions:
     an epoch is longer."""
     patience: int = 0
     """Stop after this many validations without a better NDCG@10; 0: never."""
+    check_gradients: bool = False
+    """Print, for each phase, what its loss gives to each part of the model at its start, or why nothing; then stop."""
     coordinator: str | None = None
     """HOST:PORT of process 0, where a job runs as several processes; with --num_processes and --process_id. Under Slurm
     (srun with several tasks) all three are found by themselves."""

@@ -41,6 +41,7 @@ from efficientids.systems.base import Scale, System, describe, refuse_unread
 from efficientids.systems.llama import base_is_frozen, weights_folder
 from efficientids.tracking.tensorboard import TensorBoard
 from efficientids.tracking.trackers import Tracker, chosen_trackers
+from efficientids.training import gradient_check
 from efficientids.training.trainer import TrainerOptions, Validate, train
 
 
@@ -81,6 +82,9 @@ def main(arguments: Sequence[str], prog: str = "train_llama.py", what: str | Non
         log.say(_announce(config, system, dataset, mode, why))
         predicted = predicted_peak(asked, system, scale)
         recommender, model, frozen_weights = _start(config, system, dataset, run, log, mesh)
+        if config.check_gradients:
+            log.say(gradient_check.as_text(gradient_check.check_gradients(recommender, model, config.seed)))
+            raise SystemExit(0)  # a run that was never meant to start leaves no folder
         if mesh is not None:
             log.say(_left_whole(model, mesh))
         if processes.is_first():
