@@ -166,6 +166,9 @@ TINY = LlamaConfig(
     tie_word_embeddings=True,
 )
 
+SMALL = dataclasses.replace(TINY, hidden_size=128, intermediate_size=512, num_layers=4, num_heads=4, num_kv_heads=4)
+"""Of about the size of the Transformers in papers on semantic IDs; it, too, starts at random."""
+
 
 @dataclasses.dataclass(frozen=True)
 class LlamaSize:
@@ -213,6 +216,7 @@ def _llama3(hidden: int, intermediate: int, layers: int, heads: int, factor: flo
 # The keys are what `--llama_size` takes. "8b" is Llama 3, as first published under that size; 3.1 has its own name.
 LLAMA_SIZES: dict[str, LlamaSize] = {
     "tiny": LlamaSize(TINY, None),
+    "small": LlamaSize(SMALL, None),
     "tinyllama-1.1b": LlamaSize(
         dataclasses.replace(_llama2(2048, 5632, 22, 32), num_kv_heads=4, head_dim=64, max_position_embeddings=2048),
         "TinyLlama/TinyLlama-1.1B-intermediate-step-1431k-3T",

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
 
-LlamaSizeName = Literal["tiny", "1b", "3b", "7b", "8b", "8b-3.1", "13b", "tinyllama-1.1b"]
+LlamaSizeName = Literal["tiny", "small", "1b", "3b", "7b", "8b", "8b-3.1", "13b", "tinyllama-1.1b"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,7 +52,7 @@ class LlamaOptions:
     """The Llama inside."""
 
     llama_size: LlamaSizeName = "tiny"
-    """tiny starts at random; every other size needs weights (HF_TOKEN or --weights) or --random_weights."""
+    """tiny and small start at random; every other size needs weights (HF_TOKEN or --weights) or --random_weights."""
     weights: Path | None = None
     """A local folder with config.json and safetensors or .bin weights; its config.json decides the size."""
     random_weights: bool = False

@@ -40,7 +40,7 @@ def llama_config(config: TrainConfig) -> LlamaConfig:
         found = LlamaConfig.from_hf(config.weights / "config.json")
     except (ValueError, OSError) as error:
         raise UserError(f"--weights {config.weights}: {error}") from error
-    if config.llama_size != "tiny" and found != LLAMA_SIZES[config.llama_size].config:
+    if config.llama_size != TrainConfig.llama_size and found != LLAMA_SIZES[config.llama_size].config:
         raise UserError(
             f"--llama_size {config.llama_size} and --weights {config.weights}: the weights' config.json is of another "
             "shape; leave --llama_size out"
@@ -50,7 +50,7 @@ def llama_config(config: TrainConfig) -> LlamaConfig:
 
 def starts_at_random(config: TrainConfig) -> bool:
     """True where the Llama has no pretrained weights to start from."""
-    return config.weights is None and (config.llama_size == "tiny" or config.random_weights)
+    return config.weights is None and (LLAMA_SIZES[config.llama_size].hf_id is None or config.random_weights)
 
 
 def training_mode(config: TrainConfig, llama: LlamaConfig) -> tuple[str, str]:
@@ -132,7 +132,7 @@ def lora_config(config: TrainConfig) -> LoRAConfig | None:
 def described(config: TrainConfig, llama: LlamaConfig) -> str:
     """The Llama of a configuration in a few words."""
     start = "from --load_checkpoint" if config.load_checkpoint else (
-        "at random (no published weights)" if config.llama_size == "tiny" and config.weights is None
+        "at random (no published weights)" if LLAMA_SIZES[config.llama_size].hf_id is None and config.weights is None
         else "at random (--random_weights)" if config.random_weights else "pretrained"
     )  # fmt: skip
     size = config.weights.name if config.weights else config.llama_size
