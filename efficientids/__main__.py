@@ -14,6 +14,8 @@ from efficientids.log import quiet_libraries
 # Command → (module, what it does). A module is imported only when its command is asked for.
 COMMANDS = {
     "prepare": ("efficientids.data.preparation.cli", "interaction logs → a data set folder"),
+    "embed-items": ("efficientids.tokenizing.embed_cli", "item vectors of a run, of titles, of histories: a .npy file"),
+    "tokenize": ("efficientids.tokenizing.cli", "items → semantic IDs: a tokenizer folder"),
     "train": ("efficientids.train", "the same as train_llama.py"),
     "plan": ("efficientids.planning.cli", "will it fit: memory and time of a training run, without a GPU"),
     "evaluate": ("efficientids.evaluation.cli", "a run's ranking metrics on validation or test"),
