@@ -13,9 +13,9 @@ from efficientids.tokenizing.tokenizer import open_tokenizer
 
 # Folder, log, source; items, different codes, alphabets (the suffix level last), whether 1 is added to ids.
 PUBLISHED = [
-    ("amazon-beauty-2014", "Beauty", "sequences", 12101, 12088, (256, 256, 256, 256, 2), True),
+    ("amazon-beauty-2014", "Beauty", "sequences", 12101, 12088, (256, 256, 256, 256, 4), True),
     ("amazon-instruments-2018", "Instruments", "sequences", 9922, 9897, (256, 256, 256, 256, 4), False),
-    ("amazon-industrial-2018", "Industrial_and_Scientific", "table", 3686, 3670, (252, 256, 256, 2), False),
+    ("amazon-industrial-2018", "Industrial_and_Scientific", "table", 3686, 3670, (252, 256, 256, 4), False),
     ("yelp", "Yelp", "sequences", 20033, 19201, (256, 256, 256, 256, 128), True),
 ]
 
