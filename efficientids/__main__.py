@@ -54,7 +54,7 @@ def main() -> int:
     name, *arguments = sys.argv[1:] or ["--help"]
     if name in ("-h", "--help"):
         print("usage: efficientids COMMAND [--help] …\n")
-        print("\n".join(f"  {command:<10} {what}" for command, (_, what) in COMMANDS.items()))
+        print("\n".join(f"  {command:<11} {what}" for command, (_, what) in COMMANDS.items()))
         return 0
     if name not in COMMANDS:
         print(f"error: unknown command {name!r}; one of {', '.join(COMMANDS)}", file=sys.stderr)
