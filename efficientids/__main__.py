@@ -14,6 +14,8 @@ from efficientids.log import quiet_libraries
 # Command → (module, what it does). A module is imported only when its command is asked for.
 COMMANDS = {
     "prepare": ("efficientids.data.preparation.cli", "interaction logs → a data set folder"),
+    "embed-items": ("efficientids.tokenizing.embed_cli", "item vectors of a run, of titles, of histories: a .npy file"),
+    "tokenize": ("efficientids.tokenizing.cli", "items → semantic IDs: a tokenizer folder"),
     "train": ("efficientids.train", "the same as train_llama.py"),
     "plan": ("efficientids.planning.cli", "will it fit: memory and time of a training run, without a GPU"),
     "evaluate": ("efficientids.evaluation.cli", "a run's ranking metrics on validation or test"),
@@ -52,7 +54,7 @@ def main() -> int:
     name, *arguments = sys.argv[1:] or ["--help"]
     if name in ("-h", "--help"):
         print("usage: efficientids COMMAND [--help] …\n")
-        print("\n".join(f"  {command:<10} {what}" for command, (_, what) in COMMANDS.items()))
+        print("\n".join(f"  {command:<11} {what}" for command, (_, what) in COMMANDS.items()))
         return 0
     if name not in COMMANDS:
         print(f"error: unknown command {name!r}; one of {', '.join(COMMANDS)}", file=sys.stderr)

@@ -105,6 +105,10 @@ class LlamaEfficientIDSModel(nnx.Module):
             self.cluster_vectors_CE = nnx.Param(table_CE)
             self.cluster_bias_C = nnx.Param(jnp.zeros((clusters.num_clusters,)))
 
+    def item_vectors(self) -> Array:
+        """The item vectors [N + 1, E]; row 0 is padding's."""
+        return self.items.table()
+
     def __call__(
         self,
         input_ids: Array,

@@ -108,6 +108,10 @@ class SASRec(nnx.Module):
         self.layers = jax.vmap(functools.partial(Block, config))(jax.random.split(key_layers, config.num_layers))
         self.final_norm = LayerNorm(config.width)
 
+    def item_vectors(self) -> Array:
+        """The item table [N + 1, D]; row 0 is padding's."""
+        return self.items_ND[...]
+
     def hidden(self, item_ids_BT: Array, key: Array | None = None) -> Array:
         """Right-padded items int [B, T] → hidden states [B, T, D]: state t has seen items 0 … t.
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -12,7 +11,7 @@ from core.hf_export import Adapters, NotExportable
 from core.read_back import TOLERANCE, ReadBackError
 from core.weight_files import CheckpointError
 from core.weight_writing import check_written
-from efficientids.data.preparation.workplace import check_new_folder, workplace
+from efficientids.data.preparation.workplace import whole_folder
 from efficientids.errors import UserError
 from efficientids.exporting import tables
 from efficientids.exporting.llama import (
@@ -71,20 +70,14 @@ def export(job: Job, progress: Callable[[int, int], None], say: Callable[[str], 
         UserError: what cannot be exported so, a folder that cannot be written, or an export that did not read back as
             what it was written from. `output` is then as it was.
     """
-    check_new_folder(job.output)
     make = _as_tables if job.format == "safetensors" else _as_llama
     try:
-        with workplace(job.output, "export") as place:
-            try:
-                writer = Writer(place.folder("whole"), job.max_shard_bytes, progress)
-                made = make(job, writer, say)
-                check_written(writer.folder, made.facts["files"])
-                writer.json("export.json", made.facts)
-                (writer.folder / "README.md").write_text(readme(*made), encoding="utf-8")
-                place.put(writer.folder, job.output.resolve())
-            except BaseException:  # an interruption, too, leaves nothing behind
-                shutil.rmtree(place.path, ignore_errors=True)
-                raise
+        with whole_folder(job.output, "export") as folder:
+            writer = Writer(folder, job.max_shard_bytes, progress)
+            made = make(job, writer, say)
+            check_written(folder, made.facts["files"])
+            writer.json("export.json", made.facts)
+            (folder / "README.md").write_text(readme(*made), encoding="utf-8")
     except (ReadBackError, CheckpointError, NotExportable) as error:
         raise UserError(f"{job.run}: {error}. Nothing was left at --output {job.output}") from error
     except OSError as error:

@@ -51,8 +51,9 @@ class TokenizerSettings:
             raise UserError(f"--hidden {','.join(map(str, self.hidden))}: give widths of at least 1")
         if not self.learning_rate > 0:
             raise UserError(f"--learning_rate {self.learning_rate}: give a number above 0")
-        if self.seed < 0:
-            raise UserError(f"--seed {self.seed}: give 0 or more")
+        for name in ("seed", "weight_decay", "grad_clip"):
+            if not getattr(self, name) >= 0:
+                raise UserError(f"--{name} {getattr(self, name)}: give 0 or more")
 
     def rqvae(self, input_dim: int) -> RQVAEConfig:
         """The shape of the RQ-VAE for vectors of this width."""

@@ -135,7 +135,7 @@ def test_recommend_refuses(trained: Trained, tmp_path: Path, users: str | None, 
 def test_the_console_script(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr("sys.argv", ["efficientids", "trian"])
     assert application.main() == 2
-    known = "prepare, train, plan, evaluate, compare, recommend, export, report"
+    known = "prepare, embed-items, tokenize, train, plan, evaluate, compare, recommend, export, report"
     assert capsys.readouterr().err == f"error: unknown command 'trian'; one of {known}\n"
     monkeypatch.setattr("sys.argv", ["efficientids", "evaluate", "--run", "nowhere"])
     assert application.main() == 2

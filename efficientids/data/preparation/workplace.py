@@ -138,6 +138,23 @@ def workplace(output: Path, key: str) -> Iterator[Workplace]:
         shutil.rmtree(path, ignore_errors=True)
 
 
+@contextlib.contextmanager
+def whole_folder(output: Path, key: str) -> Iterator[Path]:
+    """A folder to fill, which becomes `output` (new or empty) at the end of the block; after an error nothing is left.
+
+    Raises UserError as `check_new_folder` and `workplace`.
+    """
+    check_new_folder(output)
+    with workplace(output, key) as place:
+        try:
+            folder = place.folder("whole")
+            yield folder
+            place.put(folder, output.resolve())
+        except BaseException:  # an interruption, too, leaves nothing behind
+            shutil.rmtree(place.path, ignore_errors=True)
+            raise
+
+
 def recover(output: Path) -> None:
     """Brings back the data set that a run killed in the middle of replacing it had moved aside."""
     output = output.resolve()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import html
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -102,7 +102,8 @@ class ItemTable:
         if self.offset is not None:
             return self.offset
         items = self._counted_from_zero()
-        if not items or not counted_from_one(log, items, self.path):
+        chunks = (chunk["item_id"] for part in log for chunk in part.chunks(BadRows(max_share=1)))
+        if not items or not counted_from_one(chunks, items, self.path):
             return 0
         _note(notes, f"{self.path.name} counts items from 0, the log from 1: 1 is added to its ids (--item_id_offset)")
         return 1
@@ -120,22 +121,21 @@ class ItemTable:
         return chunk.with_columns(columns)
 
 
-def counted_from_one(log: Sequence[Part], items: int, path: Path) -> bool:
-    """Whether the log's ids are exactly 1 … `items`, where those of the item table `path` are 0 … `items` − 1.
+def counted_from_one(chunks: Iterable[pl.Series], items: int, path: Path) -> bool:
+    """Whether item ids, in chunks, are exactly 1 … `items`, where those of the table `path` are 0 … `items` − 1.
 
-    Reads the log, up to the first id that settles it. Raises UserError when the log has the id `items`, which the table
-    lacks, but not all others: then neither reading is sure.
+    Looks at them up to the first id that settles it. Raises UserError when the id `items`, which the table lacks, is
+    among them, but not all others: then neither reading is sure.
     """
     found = np.zeros(items + 1, bool)
-    for part in log:
-        for chunk in part.chunks(BadRows(max_share=1)):
-            ids = chunk["item_id"].unique().cast(pl.Int64, strict=False)
-            if ids.null_count() or np.min(ids.to_numpy()) < 1 or np.max(ids.to_numpy()) > items:
-                return False
-            found[ids.to_numpy()] = True
+    for chunk in chunks:
+        ids = chunk.unique().cast(pl.Int64, strict=False)
+        if ids.null_count() or np.min(ids.to_numpy()) < 1 or np.max(ids.to_numpy()) > items:
+            return False
+        found[ids.to_numpy()] = True
     if found[items] and not np.all(found[1:]):
         raise UserError(
-            f"{path}: its items are numbered 0 to {items - 1}, the log's 1 to {items} with gaps, so the titles may be "
+            f"{path}: its items are numbered 0 to {items - 1}, the log's 1 to {items} with gaps, so rows may be "
             "those of the item before. Say which: --item_id_offset 1 (or 0)"
         )
     return bool(np.all(found[1:]))

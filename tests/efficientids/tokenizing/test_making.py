@@ -118,7 +118,7 @@ def test_what_cannot_be_tokenized_is_refused(vectors: ItemVectors) -> None:
         suffixed(np.array([[1, 1], [0, 1], [1, 1], [1, 1]]), (2, 2), 2)
     with pytest.raises(UserError, match="lower --learning_rate"):
         made(vectors, learning_rate=1e30)
-    for name, value in (("levels", (1,)), ("epochs", 0), ("hidden", (0,)), ("learning_rate", 0.0), ("seed", -1)):
+    for name, value in (("levels", (1,)), ("epochs", 0), ("hidden", (0,)), ("learning_rate", 0.0), ("grad_clip", -1.0)):
         with pytest.raises(UserError, match=f"--{name} "):
             TokenizerSettings(**{name: value})
 
