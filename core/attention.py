@@ -4,7 +4,8 @@ Right padding is the rule everywhere: under causal attention what follows a row'
 so a full pass needs neither a mask nor the rows' lengths. Packed rows (`core.packing`) are the exception: their
 segments keep apart.
 
-Legend: B batch, T query positions, S key positions, N query heads, K key-value heads (N a multiple of K), H head dim.
+Legend: B batch, T query positions, S key positions, N query heads, K key-value heads (N a multiple of K), G = N / K, H
+head dim, W branches of a row (beams), P positions that a branch has of its own.
 """
 
 from __future__ import annotations
@@ -136,3 +137,29 @@ def cached_attention(q_BTNH: Array, k_BSKH: Array, v_BSKH: Array, positions_BT: 
     """
     mask_B1TS = jnp.arange(k_BSKH.shape[1]) <= positions_BT[:, None, :, None]
     return jax.nn.dot_product_attention(q_BTNH, k_BSKH, v_BSKH, mask=mask_B1TS, implementation="xla")
+
+
+def branching_attention(
+    q_BWNH: Array, k_BSKH: Array, v_BSKH: Array, lengths_B: Array, own_k_BWPKH: Array, own_v_BWPKH: Array, newest: int
+) -> Array:
+    """Attention of one new position a branch over its row's prefix, which all branches share, and its own positions.
+
+    The prefix is read once a row and never repeated: its W queries meet it as the positions of one query would. One
+    softmax in float32 over both parts, as `cached_attention` over their concatenation.
+
+    Args:
+        lengths_B: positions of the prefix that are real.
+        newest: slot of the own part that the new position stands in; it sees the slots 0 … newest.
+    """
+    batch, width, heads, dim = q_BWNH.shape
+    q_BWKGH = q_BWNH.reshape(batch, width, k_BSKH.shape[2], -1, dim)
+    shared_BWKGS = jnp.einsum("bwkgh,bskh->bwkgs", q_BWKGH, k_BSKH, preferred_element_type=jnp.float32)
+    own_BWKGP = jnp.einsum("bwkgh,bwpkh->bwkgp", q_BWKGH, own_k_BWPKH, preferred_element_type=jnp.float32)
+    seen_B111S = jnp.arange(k_BSKH.shape[1]) < lengths_B[:, None, None, None, None]
+    seen_P = jnp.arange(own_k_BWPKH.shape[2]) <= newest
+    logits = [jnp.where(seen_B111S, shared_BWKGS, -jnp.inf), jnp.where(seen_P, own_BWKGP, -jnp.inf)]
+    weights = jax.nn.softmax(jnp.concatenate(logits, axis=-1) * dim**-0.5, axis=-1).astype(q_BWNH.dtype)
+    on_shared_BWKGS, on_own_BWKGP = jnp.split(weights, [k_BSKH.shape[1]], axis=-1)
+    y_BWKGH = jnp.einsum("bwkgs,bskh->bwkgh", on_shared_BWKGS, v_BSKH)
+    y_BWKGH += jnp.einsum("bwkgp,bwpkh->bwkgh", on_own_BWKGP, own_v_BWPKH)
+    return y_BWKGH.reshape(batch, width, heads, dim)

@@ -1,11 +1,12 @@
-"""Item vectors, the adapters between items and the Llama, and text woven between the items.
+"""Item vectors, the adapters between items and the Llama, codes of semantic IDs, and text woven between the items.
 
 Legend: B batch, H history items, T sequence positions, K title tokens, N items (1 … N; 0 is padding), E item
-dimension, R rank, D the Llama's width.
+dimension, R rank, D the Llama's width, L levels of codes, K_l codes of level l, d their dimension.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -59,6 +60,28 @@ class InputAdapter(nnx.Module):
 def fan_in(inputs: int, std: float | None, param_dtype: Any) -> Init:
     """How an adapter starts: normal(0, std), by default 1/√inputs so that magnitudes pass through unchanged."""
     return Init(inputs**-0.5 if std is None else std, param_dtype)
+
+
+class SoftEmbedding(nnx.Module):
+    """Codes of semantic IDs as input: the row of their level's table, up to the Llama's width without a bias.
+
+    The Llama's vocabulary has no row for them and is not resized. The tables are the caller's (`core.codebook_logits`
+    reads the same ones).
+    """
+
+    def __init__(self, code_dim: int, hidden_size: int, key: Array, init: Init) -> None:
+        self.scid_projector = Linear(key, (code_dim,), (hidden_size,), False, init)
+
+    def __call__(self, tables: Sequence[Array], levels: Array, codes: Array, dtype: Any) -> Array:
+        """Level-local codes int [...] of levels int [...] → [..., D] in `dtype`.
+
+        Args:
+            tables: of each level its vectors [K_l, d]; alphabets may differ.
+        """
+        sizes = [table.shape[0] for table in tables]
+        first_L = jnp.asarray([sum(sizes[:level]) for level in range(len(sizes))], jnp.int32)
+        rows = lookup(jnp.concatenate(tables), first_L[levels] + codes)
+        return self.scid_projector(rows.astype(dtype))
 
 
 class Woven(NamedTuple):

@@ -4,7 +4,7 @@ Layers are stacked: every parameter of `Llama.layers` has a leading axis L, and 
 needs no mask (see `core.attention`).
 
 Legend: B batch, T positions, D hidden, N query heads, K key-value heads, H head dim, F MLP width, V vocabulary,
-L layers, S slots of the cache.
+L layers, S slots of the cache, W branches of a row, P slots that each has of its own.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
-from core.attention import Choice, Kernel, Wish, cached_attention, causal_attention, choose
+from core.attention import Choice, Kernel, Wish, branching_attention, cached_attention, causal_attention, choose
 from core.config import LlamaConfig
 from core.layers import Dropout, Init, LlamaLinear, RMSNorm
 from core.rope import rotate, rotation
@@ -72,6 +72,27 @@ class KVCache(NamedTuple):
     lengths_B: Array
 
 
+class BranchCache(NamedTuple):
+    """Keys and values of W continuations of each row of a `KVCache`, which they share and which is not repeated."""
+
+    k_LBWPKH: Array
+    v_LBWPKH: Array
+
+    def reordered(self, parents_BW: Array) -> BranchCache:
+        """Branch w of row b becomes what branch parents_BW[b, w] was; W may change."""
+        places = parents_BW[None, :, :, None, None, None]
+        return BranchCache(*(jnp.take_along_axis(x, places, axis=2) for x in self))
+
+
+class _Branches(NamedTuple):
+    """One layer's part of a `KVCache` and of its `BranchCache`."""
+
+    k_BSKH: Array
+    v_BSKH: Array
+    own_k_BWPKH: Array
+    own_v_BWPKH: Array
+
+
 class Attention(nnx.Module):
     """Grouped-query self-attention with rotary positions."""
 
@@ -96,6 +117,13 @@ class Attention(nnx.Module):
         q_BTNH, k_BTKH = rotate(q_BTNH, at.cos, at.sin), rotate(k_BTKH, at.cos, at.sin)
         if cache is None:
             return self.o(causal_attention(q_BTNH, k_BTKH, v_BTKH, at.segments, at.kernel), key), None
+        if isinstance(cache, _Branches):
+            # Branches stand where positions stand elsewhere: T is W.
+            own_k_BWPKH = cache.own_k_BWPKH.at[:, :, at.step].set(k_BTKH.astype(cache.own_k_BWPKH.dtype))
+            own_v_BWPKH = cache.own_v_BWPKH.at[:, :, at.step].set(v_BTKH.astype(cache.own_v_BWPKH.dtype))
+            parts = (x.astype(x_BTD.dtype) for x in (cache.k_BSKH, cache.v_BSKH))
+            y_BTNH = branching_attention(q_BTNH, *parts, at.place[:, 0] - at.step, own_k_BWPKH, own_v_BWPKH, at.step)
+            return self.o(y_BTNH, key), (own_k_BWPKH, own_v_BWPKH)
         row_B1 = jnp.arange(x_BTD.shape[0])[:, None]
         k_BSKH = cache[0].at[row_B1, at.place].set(k_BTKH.astype(cache[0].dtype), mode="drop")
         v_BSKH = cache[1].at[row_B1, at.place].set(v_BTKH.astype(cache[1].dtype), mode="drop")
@@ -207,14 +235,7 @@ class Llama(nnx.Module):
                 slots beyond `sliding_window`.
         """
         config = self.config
-        _refuse_beyond_window(config, slots)
-        dynamic = config.rope_scaling is not None and config.rope_scaling.kind == "dynamic"
-        if dynamic and slots > config.max_position_embeddings:
-            raise ValueError(
-                f"a cache of {slots} positions with rope_scaling 'dynamic' and max_position_embeddings "
-                f"{config.max_position_embeddings}: beyond it every cached key would need new frequencies; "
-                "use at most that many positions, or a full pass without a cache"
-            )
+        _refuse_cache(config, slots)
         shape = (config.num_layers, batch_size, slots, config.num_kv_heads, config.head_dim)
         empty = jnp.zeros(shape, self.compute.dtype)
         return KVCache(empty, empty, jnp.zeros((batch_size,), jnp.int32))
@@ -232,6 +253,33 @@ class Llama(nnx.Module):
         x_BTD = jnp.where(overflow_B[:, None, None], jnp.nan, self.norm(x_BTD))
         return x_BTD, KVCache(k_LBSKH, v_LBSKH, grown_B)
 
+    def init_branches(self, cache: KVCache, branches: int, slots: int) -> BranchCache:
+        """Empty slots for W = `branches` continuations of each row of `cache`, of `slots` positions at most.
+
+        Raises:
+            ValueError: as `init_cache`, for both caches' positions together.
+        """
+        layers, batch, prefix, *heads = cache.k_LBSKH.shape
+        _refuse_cache(self.config, prefix + slots)
+        empty = jnp.zeros((layers, batch, branches, slots, *heads), self.compute.dtype)
+        return BranchCache(empty, empty)
+
+    def extend_branches(
+        self, x_BWD: Array, cache: KVCache, branches: BranchCache, step: int
+    ) -> tuple[Array, BranchCache]:
+        """One more position for every branch: the `step`-th (from 0) behind its row's prefix.
+
+        Args:
+            x_BWD: the position's input embedding for each branch.
+            cache: the prefixes; left as it is.
+            branches: with the positions before `step` of each branch.
+
+        Returns:
+            Hidden states after the final norm [B, W, D], and the branches with this position.
+        """
+        x_BWD, own = self._run(x_BWD, cache, 0.0, None, branches=branches, step=step)
+        return self.norm(x_BWD), BranchCache(*own)
+
     def _run(
         self,
         x_BTD: Array,
@@ -240,13 +288,18 @@ class Llama(nnx.Module):
         key: Array | None,
         keep_layers: bool = False,
         segments_BT: Array | None = None,
+        branches: BranchCache | None = None,
+        step: int = 0,
     ) -> tuple[Array, Any]:
         """Scans the layers; also returns each layer's cache, or its output where `keep_layers`."""
         if cache is None:
             _refuse_beyond_window(self.config, x_BTD.shape[1])
         x_BTD = x_BTD.astype(self.compute.dtype)
-        kernel = self.compute.attention_kernel(self.config.head_dim, segments_BT is not None).kernel
-        at = Positions.of(self.config, x_BTD, cache, segments_BT, kernel)
+        if branches is not None and cache is not None:
+            at = Positions.of_branches(self.config, cache, branches, step)
+        else:
+            kernel = self.compute.attention_kernel(self.config.head_dim, segments_BT is not None).kernel
+            at = Positions.of(self.config, x_BTD, cache, segments_BT, kernel)
         keys_L = None if key is None else jax.random.split(key, self.config.num_layers)
 
         def layer(x_BTD: Array, inputs: tuple[Block, Any, Array | None]) -> tuple[Array, Any]:
@@ -256,8 +309,23 @@ class Llama(nnx.Module):
 
         policy = REMAT_POLICIES[self.compute.remat]
         body = layer if policy is None else jax.checkpoint(layer, prevent_cse=False, policy=policy)
-        caches = None if cache is None else (cache.k_LBSKH, cache.v_LBSKH)
+        caches: tuple[Array, Array] | _Branches | None = None
+        if cache is not None:
+            kept = cache.k_LBSKH, cache.v_LBSKH
+            caches = kept if branches is None else _Branches(*kept, branches.k_LBWPKH, branches.v_LBWPKH)
         return jax.lax.scan(body, x_BTD, (self.layers, caches, keys_L))
+
+
+def _refuse_cache(config: LlamaConfig, slots: int) -> None:
+    """Refuses a cache of so many positions where its keys would not stay right."""
+    _refuse_beyond_window(config, slots)
+    dynamic = config.rope_scaling is not None and config.rope_scaling.kind == "dynamic"
+    if dynamic and slots > config.max_position_embeddings:
+        raise ValueError(
+            f"a cache of {slots} positions with rope_scaling 'dynamic' and max_position_embeddings "
+            f"{config.max_position_embeddings}: beyond it every cached key would need new frequencies; "
+            "use at most that many positions, or a full pass without a cache"
+        )
 
 
 def _refuse_beyond_window(config: LlamaConfig, length: int) -> None:
@@ -272,7 +340,7 @@ def _refuse_beyond_window(config: LlamaConfig, length: int) -> None:
 class Positions(NamedTuple):
     """Where the positions of a pass stand: place [B or 1, T], the rotation that follows from it, segment.
 
-    `kernel`: of the attention among them, without a cache.
+    `kernel`: of the attention among them, without a cache. `step`: the slot of a position among its branch's own.
     """
 
     place: Array
@@ -280,6 +348,14 @@ class Positions(NamedTuple):
     sin: Array
     segments: Array | None
     kernel: Kernel
+    step: int = 0
+
+    @staticmethod
+    def of_branches(config: LlamaConfig, cache: KVCache, branches: BranchCache, step: int) -> Positions:
+        """One position, the same for all branches of a row."""
+        place_B1 = cache.lengths_B[:, None] + step
+        length = cache.k_LBSKH.shape[2] + branches.k_LBWPKH.shape[3]
+        return Positions(place_B1, *rotation(config, place_B1, length), None, "xla", step)
 
     @staticmethod
     def of(

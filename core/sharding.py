@@ -43,6 +43,10 @@ _LINEAR: Mapping[str, tuple[tuple[Axis, ...], tuple[Axis, ...]]] = {
     "down": (("tensor",), ("fsdp",)),
     "out": (("tensor",), ("fsdp",)),
     "output_adapter": (("fsdp",), (None,)),  # D → E
+    "output_projector": (("fsdp",), (None,)),  # ETEGRec: D → d
+    "scid_projector": ((None,), ("fsdp",)),  # d → D
+    "enc_adapter": (("fsdp",), (None,)),
+    "dec_adapter": (("fsdp",), (None,)),
 }
 # Tables by name. N + 1 items hardly ever divide, so an item table is divided by its columns.
 _TABLES: Mapping[str, tuple[Axis, ...]] = {
@@ -53,6 +57,7 @@ _TABLES: Mapping[str, tuple[Axis, ...]] = {
     "cluster_vectors_CE": (None, "fsdp"),
     "items_ND": (None, "fsdp"),
     "positions_TD": (None, "fsdp"),
+    "tables": (None, "fsdp"),  # a list: of codes
 }
 
 
@@ -141,8 +146,9 @@ def axes_of(path: Sequence[str]) -> tuple[Axis, ...] | None:
     name, owner = path[-1], path[-2] if len(path) > 1 else ""
     if owner in ("weight", "adapter") and len(path) > 2:
         owner = path[-3]
-    if name in _TABLES:
-        return _TABLES[name]
+    for table in (name, owner):  # an entry of a list has a number for its name
+        if table in _TABLES:
+            return _TABLES[table]
     if owner not in _LINEAR:
         return None
     inputs, outputs = _LINEAR[owner]

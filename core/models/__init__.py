@@ -1,5 +1,6 @@
 """The composite models, one file a system."""
 
 from core.models.efficientids import EfficientIDSConfig, LlamaEfficientIDSModel
+from core.models.etegrec import ETEGRecConfig, LlamaETEGRecModel
 
-__all__ = ["EfficientIDSConfig", "LlamaEfficientIDSModel"]
+__all__ = ["ETEGRecConfig", "EfficientIDSConfig", "LlamaETEGRecModel", "LlamaEfficientIDSModel"]

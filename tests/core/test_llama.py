@@ -129,3 +129,48 @@ def test_layers_are_stacked_and_differ() -> None:
     weight = model.layers.mlp.up.weight[...]
     assert weight.shape == (2, 32, 48)
     assert jnp.abs(weight[0] - weight[1]).max() > 0.01
+
+
+@pytest.mark.parametrize("kv_heads", [4, 2, 1])
+def test_branches_of_a_prefix_equal_caches_of_their_own(ids: jax.Array, kv_heads: int) -> None:
+    config = dataclasses.replace(SMALL, num_kv_heads=kv_heads)
+    model = Llama(config, jax.random.key(0), init=Init(std=0.2))
+    lengths_B, beams, steps = jnp.array([2, 5, 4]), 4, 3
+    _, prefix = model.extend(model.embed(ids[:, :5]), model.init_cache(3, 5), lengths_B)
+    own_BWP = jax.random.randint(jax.random.key(2), (3, beams, steps), 0, config.vocab_size)
+    branches, hidden = model.init_branches(prefix, beams, steps), []
+    for step in range(steps):
+        x, branches = jax.jit(model.extend_branches, static_argnums=3)(
+            model.embed(own_BWP[..., step]), prefix, branches, step
+        )
+        hidden.append(x)
+    _, repeated = model.extend(
+        model.embed(jnp.repeat(ids[:, :5], beams, axis=0)),
+        model.init_cache(3 * beams, 8),
+        jnp.repeat(lengths_B, beams),
+    )
+    alone, _ = jax.jit(model.extend)(model.embed(own_BWP.reshape(3 * beams, steps)), repeated)
+    np.testing.assert_allclose(jnp.stack(hidden, axis=2), alone.reshape(3, beams, steps, -1), atol=2e-5)
+
+
+def test_a_reordered_branch_continues_its_parent(model: Llama, ids: jax.Array) -> None:
+    _, prefix = model.extend(model.embed(ids[:1, :5]), model.init_cache(1, 5))
+    first_BW, parents_BW, second_BW = jnp.array([[7, 8]]), jnp.array([[1, 1, 0]]), jnp.array([[3, 4, 3]])
+    _, branches = model.extend_branches(model.embed(first_BW), prefix, model.init_branches(prefix, 2, 2), 0)
+    x, _ = model.extend_branches(model.embed(second_BW), prefix, branches.reordered(parents_BW), 1)
+    for beam, own in enumerate(([8, 3], [8, 4], [7, 3])):
+        full = model.hidden(model.embed(jnp.concatenate([ids[:1, :5], jnp.array([own])], axis=1)))
+        np.testing.assert_allclose(x[0, beam], full[0, -1], atol=2e-5)
+
+
+def test_branches_refuse_what_their_prefix_and_they_together_exceed() -> None:
+    config = dataclasses.replace(SMALL, max_position_embeddings=8, rope_scaling=RopeScaling("dynamic", 2.0))
+    for changed, message in (
+        (config, r"cache of 9 positions.*max_position_embeddings 8"),
+        (dataclasses.replace(SMALL, sliding_window=8), r"9 positions, but the Llama has a sliding_window of 8"),
+    ):
+        model = Llama(changed, jax.random.key(0))
+        prefix = model.init_cache(1, 6)
+        model.init_branches(prefix, 2, 2)
+        with pytest.raises(ValueError, match=message):
+            model.init_branches(prefix, 2, 3)
