@@ -39,19 +39,21 @@ class CodeSequence(NamedTuple):
     """What stands at each position.
 
     Attributes:
-        tokens: int32 [B, T], the level-local code, or the token id where the level is TEXT.
+        codes: int32 [B, T], level-local; 0 where there is none.
         levels: int32 [B, T], 0 … L − 1, or TEXT or BEGIN.
         items: int32 [B, T], which item of its history a code belongs to, from 0; −1 elsewhere.
         lengths: int32 [B], real positions.
         state: int32 [B], the position whose hidden state stands for the history: the last before the target's first
             code, or the last of all where no target is in the row.
+        text: int32 [B, T], the token ids where the level is TEXT, else 0; None: these sequences hold no text.
     """
 
-    tokens: Array
+    codes: Array
     levels: Array
     items: Array
     lengths: Array
     state: Array
+    text: Array | None = None
 
 
 def lay_out(codes_BHL: Array, lengths_B: Array, template: Template | None, *, with_target: bool) -> CodeSequence:
@@ -85,11 +87,12 @@ def lay_out(codes_BHL: Array, lengths_B: Array, template: Template | None, *, wi
     other_BT = jnp.where(is_text_BT & (template is not None), TEXT, BEGIN)
     state_B = before + context_B1[:, 0] + between - 1
     return CodeSequence(
-        tokens=jnp.where(is_code_BT, codes_BT, jnp.where(is_text_BT, text_BT, 0)).astype(jnp.int32),
+        codes=jnp.where(is_code_BT, codes_BT, 0).astype(jnp.int32),
         levels=jnp.where(is_code_BT, safe_BT % levels, other_BT).astype(jnp.int32),
         items=jnp.where(is_code_BT, safe_BT // levels, -1).astype(jnp.int32),
         lengths=(before + lengths_B * levels + between).astype(jnp.int32),
         state=state_B.astype(jnp.int32),
+        text=None if template is None else jnp.where(is_text_BT, text_BT, 0).astype(jnp.int32),
     )
 
 
@@ -115,9 +118,10 @@ def from_token_ids(
     # An item begins where a code of the first level stands.
     item_BT = jnp.cumsum(is_code_BT & (level_BT == 0), axis=1) - 1
     return CodeSequence(
-        tokens=jnp.where(is_code_BT, offset_BT - first_BT, jnp.where(real_BT, ids_BT, 0)).astype(jnp.int32),
+        codes=jnp.where(is_code_BT, offset_BT - first_BT, 0).astype(jnp.int32),
         levels=levels_BT.astype(jnp.int32),
         items=jnp.where(is_code_BT, item_BT, -1).astype(jnp.int32),
         lengths=lengths_B.astype(jnp.int32),
         state=state_B.astype(jnp.int32),
+        text=jnp.where(real_BT & ~is_code_BT, ids_BT, 0).astype(jnp.int32),
     )

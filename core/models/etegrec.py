@@ -40,7 +40,7 @@ class ETEGRecConfig:
         code_dim: d.
         latent_dim: of the tokenizer's latents, which the SIA adapter maps to; None: no adapter.
         item_dim: of the tokenizer's input, which the PSA adapter maps to; None: no adapter.
-        template: text around a history; None: codes alone.
+        template: text around a history; None: codes alone, behind a learned begin vector.
         init_std: deviation of projectors, adapters and new tables at the start.
         dropout: rate on input embeddings and on the Llama's residual branches while training.
         lora: adapters in the Llama's layers; None: none.
@@ -93,7 +93,8 @@ class LlamaETEGRecModel(nnx.Module):
         self.llama = Llama(config.llama, next(keys), compute, adapted)
         self.soft_embedding = SoftEmbedding(config.code_dim, width, next(keys), own)
         self.codebook_logits = CodebookLogits(width, config.code_dim, next(keys), own)
-        self.begin_D = nnx.Param(own.normal(next(keys), (width,)))
+        begin = next(keys)
+        self.begin_D = nnx.Param(own.normal(begin, (width,))) if config.template is None else None
         self.enc_adapter = _adapter(next(keys), width, config.latent_dim, own)
         self.dec_adapter = _adapter(next(keys), width, config.item_dim, own)
         shapes = [(size, config.code_dim) for size in config.level_sizes]
@@ -105,17 +106,20 @@ class LlamaETEGRecModel(nnx.Module):
         self.tables = nnx.List([*given, *new])
 
     def embed(self, sequence: CodeSequence) -> Array:
-        """The Llama's input [B, T, D]: codes by their level's table, tokens by the Llama's, else the begin vector."""
-        dtype = self.llama.compute.dtype
-        levels = jnp.maximum(sequence.levels, 0)
-        is_code = (sequence.levels >= 0)[..., None]
-        codes = jnp.where(is_code[..., 0], sequence.tokens, 0)
-        other = self.begin_D[...].astype(dtype)
-        if self.config.template is not None:
-            is_text = sequence.levels == TEXT
-            text = self.llama.embed(jnp.where(is_text, sequence.tokens, 0))
-            other = jnp.where(is_text[..., None], text, other)
-        return jnp.where(is_code, self.soft_embedding(self._tables(), levels, codes, dtype), other)
+        """The Llama's input [B, T, D]: codes by their level's table, text by the Llama's, else the begin vector.
+
+        Raises:
+            ValueError: a sequence without text for a model with a template, which has no begin vector.
+        """
+        dtype, is_code_BT1 = self.llama.compute.dtype, (sequence.levels >= 0)[..., None]
+        codes_BTD = self.soft_embedding(self._tables(), jnp.maximum(sequence.levels, 0), sequence.codes, dtype)
+        other = None if self.begin_D is None else self.begin_D[...].astype(dtype)
+        if sequence.text is not None:
+            text_BTD = self.llama.embed(sequence.text)
+            other = text_BTD if other is None else jnp.where((sequence.levels == TEXT)[..., None], text_BTD, other)
+        if other is None:
+            raise ValueError("this model was made with a template: lay its histories out with it (core.code_sequences)")
+        return jnp.where(is_code_BT1, codes_BTD, other)
 
     def hidden(self, sequence: CodeSequence, key: Array | None = None) -> Array:
         """Hidden states after the final norm [B, T, D]; with a key, under dropout."""
@@ -144,7 +148,7 @@ class LlamaETEGRecModel(nnx.Module):
             here_BT = level_BT == level
             chosen_BM = jnp.argsort(~here_BT, axis=1, stable=True)[:, : weights_BH.shape[1]]
             weights_BM = jnp.take_along_axis(jnp.where(here_BT, weight_BT, 0.0), chosen_BM, axis=1)
-            codes_BM = jnp.take_along_axis(jnp.where(here_BT, _next(sequence.tokens), 0), chosen_BM, axis=1)
+            codes_BM = jnp.take_along_axis(jnp.where(here_BT, _next(sequence.codes), 0), chosen_BM, axis=1)
             chosen_BMd = jnp.take_along_axis(projected_BTd, chosen_BM[..., None], axis=1)
             chosen_Td, chunk = chosen_BMd.reshape(-1, self.config.code_dim), self.llama.compute.chunk_elements
             totals.append(code_loss(chosen_Td, table_Kd, codes_BM.ravel(), weights_BM.ravel(), chunk))

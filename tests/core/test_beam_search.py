@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Iterator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,29 +20,15 @@ ROWS = 3
 
 
 class Tables:
-    """Random logits of every prefix; as the beam search's model, the carry is the prefix that each beam stands at."""
+    """Random logits of every prefix, and what follows from them by plain loops."""
 
     def __init__(self, seed: int, spread: float = 1.0) -> None:
         rng = np.random.default_rng(seed)
         shapes = [(ROWS, *SIZES[: level + 1]) for level in range(4)]
         self.logits = [(spread * rng.standard_normal(shape)).astype(np.float32) for shape in shapes]
 
-    def advance(self, carry: jax.Array | None, level: int, parents: jax.Array, codes: jax.Array) -> tuple:
-        prefix = codes[..., None]
-        if carry is not None:
-            kept = jnp.take_along_axis(carry, parents[..., None], axis=1)
-            prefix = jnp.concatenate([kept, prefix], axis=2)
-        rows = jnp.arange(ROWS)[:, None]
-        return jnp.asarray(self.logits[level])[(rows, *jnp.moveaxis(prefix, 2, 0))], prefix
-
     def score(self, row: int, codes: np.ndarray, catalogue: np.ndarray, normalise: Normalise) -> float:
-        total = 0.0
-        for level in range(4):
-            logits = self.logits[level][(row, *codes[:level])].astype(np.float64)
-            siblings = catalogue[(catalogue[:, :level] == codes[:level]).all(1), level]
-            over = logits if normalise == "alphabet" else logits[np.unique(siblings)]
-            total += logits[codes[level]] - np.log(np.exp(over).sum())
-        return total
+        return sum(self._gain(row, codes, level, catalogue, normalise) for level in range(4))
 
     def plain(
         self, row: int, catalogue: np.ndarray, beams: int, k: int, excluded: set[int], normalise: Normalise = "alphabet"
@@ -58,9 +45,7 @@ class Tables:
 
     def prefix_score(self, row: int, codes: tuple[int, ...], catalogue: np.ndarray, normalise: Normalise) -> float:
         whole = catalogue[(catalogue[:, : len(codes)] == codes).all(1)][0]
-        return self.score(row, whole, catalogue, normalise) - (
-            sum(self._gain(row, whole, level, catalogue, normalise) for level in range(len(codes), 4))
-        )
+        return sum(self._gain(row, whole, level, catalogue, normalise) for level in range(len(codes)))
 
     def _gain(self, row: int, codes: np.ndarray, level: int, catalogue: np.ndarray, normalise: Normalise) -> float:
         logits = self.logits[level][(row, *codes[:level])].astype(np.float64)
@@ -69,14 +54,23 @@ class Tables:
         return float(logits[codes[level]] - np.log(np.exp(over).sum()))
 
 
-@functools.partial(jax.jit, static_argnames=("advance", "k", "beams", "normalise"))
-def search(ids: SemanticIDs, first: jax.Array, exclude: jax.Array | None, *, advance, **options: object) -> tuple:  # noqa: ANN001
-    return beam_search(ids, first, None, advance, exclude_BX=exclude, **options)
+def advance(logits: list[jax.Array], carry: jax.Array | None, level: int, parents: jax.Array, codes: jax.Array) -> Any:
+    """A model whose carry is the prefix that each beam stands at."""
+    prefix = codes[..., None]
+    if carry is not None:
+        kept = jnp.take_along_axis(carry, parents[..., None], axis=1)
+        prefix = jnp.concatenate([kept, prefix], axis=2)
+    return logits[level][(jnp.arange(ROWS)[:, None], *jnp.moveaxis(prefix, 2, 0))], prefix
 
 
-def results(tables: Tables, ids: SemanticIDs, exclude: np.ndarray | None = None, **options: object) -> Iterator:
-    given = None if exclude is None else jnp.asarray(exclude)
-    scores, items = search(ids, jnp.asarray(tables.logits[0]), given, advance=tables.advance, **options)
+@functools.partial(jax.jit, static_argnames=("k", "beams", "normalise"))
+def search(ids: SemanticIDs, logits: list[jax.Array], exclude: jax.Array | None, **options: Any) -> Any:
+    model = functools.partial(advance, logits)
+    return beam_search(ids, logits[0], None, model, exclude_BX=exclude, **options)
+
+
+def results(tables: Tables, ids: SemanticIDs, exclude: np.ndarray | None = None, **options: Any) -> Iterator[Any]:
+    scores, items = search(ids, tables.logits, exclude, **options)
     return zip(np.asarray(scores), np.asarray(items), strict=True)
 
 
@@ -163,6 +157,6 @@ def test_bad_requests_are_refused() -> None:
     first = jnp.asarray(tables.logits[0])
     for k, beams in ((5, 4), (0, 4)):
         with pytest.raises(ValueError, match=rf"{k} results of {beams} beams"):
-            beam_search(ids, first, None, tables.advance, k=k, beams=beams)
+            beam_search(ids, first, None, advance, k=k, beams=beams)
     with pytest.raises(ValueError, match="'all': choose alphabet or children"):
-        beam_search(ids, first, None, tables.advance, k=1, beams=1, normalise="all")  # type: ignore[arg-type]
+        beam_search(ids, first, None, advance, k=1, beams=1, normalise="all")  # type: ignore[arg-type]

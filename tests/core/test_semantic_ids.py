@@ -17,6 +17,9 @@ SIZES = (5, 4, 6, 3)
 # Two dense levels; three levels of real codes; one level alone; one dense level because two would be too large.
 ALPHABETS = [SIZES, (3, 7), (9,), (2**12, 2**11, 5, 2)]
 
+step = jax.jit(SemanticIDs.step, static_argnums=1)
+first_leaf = jax.jit(SemanticIDs.first_leaf, static_argnums=1)
+
 
 def unique_codes(sizes: tuple[int, ...], count: int, seed: int = 0) -> np.ndarray:
     """Distinct random codes [count, L] in random order."""
@@ -33,7 +36,7 @@ def test_walking_the_trie_finds_the_children_of_every_prefix(sizes: tuple[int, .
     prefixes = {(): 0}  # → node
     for level in range(len(sizes)):
         nodes = np.array(list(prefixes.values()), np.int32)[None]
-        labels, children = (np.asarray(x)[0] for x in jax.jit(SemanticIDs.step, static_argnums=1)(ids, level, nodes))
+        labels, children = (np.asarray(x)[0] for x in step(ids, level, nodes))
         assert labels.shape[1] == ids.shape.widths[level]
         assert labels.min() >= 0 and labels.max() < sizes[level]
         longer = {}
@@ -52,8 +55,8 @@ def test_walking_the_trie_finds_the_children_of_every_prefix(sizes: tuple[int, .
 def test_no_node_has_no_children_and_no_item() -> None:
     ids = build(unique_codes(SIZES, 30), SIZES)
     for level in range(4):
-        assert (np.asarray(ids.step(level, jnp.array([[-1, -1]]))[1]) == -1).all()
-    assert ids.items_at(jnp.array([-1])).tolist() == [0]
+        assert (np.asarray(step(ids, level, jnp.array([[-1, -1]]))[1]) == -1).all()
+    assert jax.jit(SemanticIDs.items_at)(ids, jnp.array([-1])).tolist() == [0]
 
 
 @pytest.mark.parametrize("sizes", ALPHABETS)
@@ -61,11 +64,11 @@ def test_ancestors_and_leaf_ranges(sizes: tuple[int, ...]) -> None:
     codes = unique_codes(sizes, 40)
     ids = build(codes, sizes)
     leaves = ids.leaf_of_item[...][: len(codes) + 1]
-    path = [np.asarray(nodes) for nodes in ids.ancestors(leaves)]
+    path = [np.asarray(nodes) for nodes in jax.jit(SemanticIDs.ancestors)(ids, leaves)]
     assert leaves[0] == -1 and all(nodes[0] == -1 for nodes in path)
     for level in range(len(sizes)):
         node = path[level][1:]
-        first, after = ids.first_leaf(level, jnp.asarray(node)), ids.first_leaf(level, jnp.asarray(node) + 1)
+        first, after = (np.asarray(first_leaf(ids, level, at)) for at in (node, node + 1))
         below = [(codes[:, :level] == own[:level]).all(1).sum() for own in codes]
         np.testing.assert_array_equal(after - first, below)
         assert ((first <= leaves[1:]) & (leaves[1:] < after)).all()

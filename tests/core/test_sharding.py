@@ -14,6 +14,7 @@ from jax.sharding import PartitionSpec as P
 from core import sharding
 from core.config import TINY
 from core.llama import Llama
+from core.models import ETEGRecConfig, LlamaETEGRecModel
 from core.models.sasrec import SASRec, SASRecConfig
 from core.sharding import MeshShape, axes_of, make_mesh, sharding_of
 
@@ -72,6 +73,13 @@ def test_stacks_and_what_does_not_divide() -> None:
     assert [(entry.path, entry.bytes) for entry in found] == [("items.table_NE", 31 * 7 * 4), ("other", 16)]
     assert found[0].reason == "7 does not divide by fsdp 2"
     assert sharding.left_whole(tree, make_mesh(MeshShape(8))) == []  # data divides no parameter
+
+
+def test_what_etegrec_has_beside_its_llama_is_divided() -> None:
+    config = ETEGRecConfig(TINY, (8, 4, 2), code_dim=8, latent_dim=8, item_dim=6)
+    state = nnx.state(nnx.eval_shape(lambda: LlamaETEGRecModel(config, jax.random.key(0))))
+    assert sharding.left_whole(state, make_mesh(MIXED)) == []
+    assert axes_of(("tables", "1")) == axes_of(("0", "mu", "tables", "1")) == (None, "fsdp")
 
 
 @pytest.mark.parametrize("model", ["llama", "sasrec"])
