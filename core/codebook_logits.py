@@ -8,8 +8,6 @@ Legend: T positions, D the Llama's width, d dimension of codes, K codes of a lev
 
 from __future__ import annotations
 
-import jax
-import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
@@ -31,13 +29,6 @@ class CodebookLogits(nnx.Module):
         """Hidden states [..., D] before a code → float32 logits [..., K] of its level."""
         y = self.project(hidden)
         return dot_f32(y.reshape(-1, y.shape[-1]), table_Kd).reshape(*y.shape[:-1], -1)
-
-    def log_probs(self, hidden: Array, table_Kd: Array) -> Array:
-        """log softmax over all codes of the level, float32 [..., K].
-
-        Computed in float32 whatever the Llama does: rounded scores would tie.
-        """
-        return jax.nn.log_softmax(self.logits(hidden.astype(jnp.float32), table_Kd), axis=-1)
 
 
 def code_loss(

@@ -57,7 +57,11 @@ def golden() -> Path:
 @pytest.fixture(scope="session")
 def programs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Where compiled programs are kept for the rest of the session: many tests train the same ones."""
-    return tmp_path_factory.mktemp("programs")
+    if "PYTEST_XDIST_WORKER" not in os.environ:
+        return tmp_path_factory.mktemp("programs")
+    shared = tmp_path_factory.getbasetemp().parent / "programs"  # all workers' own
+    shared.mkdir(exist_ok=True)
+    return shared
 
 
 @pytest.fixture(scope="module")
