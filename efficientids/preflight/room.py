@@ -42,7 +42,7 @@ def check_room(recommender: Recommender, saved: Any, eval_every: int, folder: Pa
         optimizer = max(optimizer, sum(_bytes(state.opt_states) for state in states))
         gradients = max(gradients, *(_bytes(state.params) for state in states))
     checkpoint = _bytes(nnx.state(model, saved)) + optimizer
-    saves = [cycle.repeats * math.ceil(phase.num_steps / eval_every) for cycle in plan for phase in cycle.phases]
+    saves = [math.ceil(cycle.repeats * phase.num_steps / eval_every) for cycle in plan for phase in cycle.phases]
     kept = min(KEPT_AT_ONCE, sum(saves))
     check_disk(folder, kept * checkpoint, f"{kept} checkpoints of {amount(checkpoint)}, one of them being written")
     # Of several processes each holds its part at least.

@@ -68,8 +68,8 @@ class Phase:
         num_steps: optimiser steps; in a `Cycle` of each turn.
         steps_per_epoch: for reports only.
         start_from: "best": the parameters and buffers of the checkpoint that validated best so far.
-        on_end: (model) → model, after the last step of each turn, before it is validated and saved: may replace buffers
-            by others of the same shapes.
+        on_end: (model) → model, after the last step of each turn, before the model is validated and saved: may replace
+            buffers by others of the same shapes.
         validated: whether it is validated and saved on its way and at its end; a phase after which the model cannot be
             better yet need not be.
     """

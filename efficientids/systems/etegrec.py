@@ -18,7 +18,8 @@ from efficientids.data.dataset import Dataset
 from efficientids.errors import UserError
 from efficientids.options import TrainConfig
 from efficientids.recommenders.base import OptimizerConfig, Recommender
-from efficientids.recommenders.etegrec import ETEGRec, ETEGRecModel, ETEGRecSpec, Turns
+from efficientids.recommenders.etegrec import ETEGRec
+from efficientids.recommenders.etegrec_model import ETEGRecModel, ETEGRecSpec, Turns
 from efficientids.systems import base
 from efficientids.systems.base import Earlier, Scale
 from efficientids.systems.llama import (
@@ -170,9 +171,15 @@ def _items(config: TrainConfig) -> int:
 
 
 def _turn(config: TrainConfig, epoch: int) -> int:
-    """Steps of the recommender's turn: all of its steps, if they are fewer."""
+    """Steps of the recommender's turn: all of its steps, if they are fewer or there is no alternation."""
     assert config.num_steps is not None
+    if not _alternates(config, code_shapes(config)):
+        return config.num_steps
     return max(1, min(config.num_steps, math.ceil(config.recommender_epochs * epoch)))
+
+
+def _alternates(config: TrainConfig, codes: CodeShapes) -> bool:
+    return codes.rqvae is not None and config.tokenizer_epochs > 0
 
 
 def _turns(config: TrainConfig, scale: Scale, codes: CodeShapes) -> Turns:
@@ -180,7 +187,7 @@ def _turns(config: TrainConfig, scale: Scale, codes: CodeShapes) -> Turns:
     assert config.aligned_from is not None and config.finetune_epochs is not None
     epoch = base.steps_per_epoch(scale.train_lengths, base.buckets_of(config, _items(config)))
     turn = _turn(config, epoch)
-    alternates = codes.rqvae is not None and config.tokenizer_epochs > 0
+    alternates = _alternates(config, codes)
     finetune = math.ceil(config.finetune_epochs * epoch)
 
     def optimizer(learning_rate: float, steps: int) -> OptimizerConfig:

@@ -18,7 +18,7 @@ from efficientids.data.dataset import Dataset
 from efficientids.data.texts.tokens import start_token
 from efficientids.errors import UserError
 from efficientids.options import TrainConfig
-from efficientids.recommenders.etegrec import Contents
+from efficientids.recommenders.etegrec_model import Contents
 from efficientids.systems.base import Earlier
 from efficientids.systems.llama import starts_at_random, weights_folder
 from efficientids.tokenizing.making import make_tokenizer

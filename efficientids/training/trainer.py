@@ -206,18 +206,23 @@ class _Loop:
             began, ended = time.perf_counter(), began
             unread = (step, metrics, waited / max(began - ended, 1e-9))
             self.steps_done = step
-            last = step == phase.num_steps
-            if last or (phase.validated and step % options.eval_every == 0):
+            last, due = step == phase.num_steps, phase.validated and self._due(step)
+            if last or due:
                 self._read(*unread)
                 unread = None
                 with self._log.untimed():
                     model = self._ended(self._program.model(state)) if last else self._program.model(state)
-                    self.ended = phase.validated and self._evaluate_and_save(step, model, state)
+                    self.ended = due and self._evaluate_and_save(step, model, state)
                 began = time.perf_counter()
                 if self.ended:
                     break
         assert model is not None
         return model, state
+
+    def _due(self, step: int) -> bool:
+        """Whether this step is followed by a validation: by the phase's own count over all turns, and after its last."""
+        done = self._turn.steps + step
+        return done % self._options.eval_every == 0 or done == self._turn.total
 
     def _ended(self, model: nnx.Module) -> nnx.Module:
         return model if self._phase.on_end is None else self._phase.on_end(model)

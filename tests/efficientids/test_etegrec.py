@@ -26,8 +26,10 @@ from efficientids.evaluation.evaluate import evaluate
 from efficientids.loading import open_run
 from efficientids.options import TrainConfig
 from efficientids.recommenders.base import Cycle, Histories, turns
-from efficientids.recommenders.etegrec import ETEGRec, ETEGRecModel, code_table
+from efficientids.recommenders.etegrec import ETEGRec
+from efficientids.recommenders.etegrec_model import ETEGRecModel, code_table
 from efficientids.systems.base import Scale
+from efficientids.tokenizing import cli
 from efficientids.train import main
 from efficientids.training.gradient_check import FROZEN, NOT_READ, check_gradients
 from efficientids.training.step import build_program
@@ -105,7 +107,6 @@ def test_histories_labels_trie_and_checkpoint_are_of_one_version(run: Path, tiny
 
 def test_ids_of_another_version_are_refused(run: Path, tiny_data: Dataset, tmp_path: Path) -> None:
     """--semantic_ids beside a checkpoint that was trained on others."""
-    from efficientids.tokenizing import cli
 
     other = tmp_path / "other"
     assert cli.main(flags(data_dir=tiny_data.path, output=other, levels="6,6", latent_dim=8, epochs=1, seed=5)) == 0
