@@ -220,7 +220,7 @@ class _Loop:
         return model, state
 
     def _due(self, step: int) -> bool:
-        """Whether this step is followed by a validation: by the phase's own count over all turns, and after its last."""
+        """Whether a validation follows this step: by the phase's own count over all turns, and after its last."""
         done = self._turn.steps + step
         return done % self._options.eval_every == 0 or done == self._turn.total
 

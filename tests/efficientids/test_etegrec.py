@@ -33,6 +33,7 @@ from efficientids.tokenizing import cli
 from efficientids.train import main
 from efficientids.training.gradient_check import FROZEN, NOT_READ, check_gradients
 from efficientids.training.step import build_program
+from tests.conftest import ROOT
 from tests.efficientids.tiny import NUM_ITEMS, events, flags
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
@@ -260,3 +261,30 @@ def test_empty_rows_get_nothing_and_results_are_items(start: tuple[ETEGRec, ETEG
 def test_flags_that_cannot_be(tiny_data: Dataset, line: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         made(tiny_data, **line)
+
+
+@pytest.mark.parametrize("file", ["etegrec_llama2_7b_5090.yaml", "etegrec_llama2_7b_text_5090.yaml"])
+def test_the_configurations_of_a_7b_train_at_tiny_size(
+    file: str, tiny_data: Dataset, real_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With LoRA on the pretrained stories260K in the 7B's place; text goes through its own tokenizer."""
+    config = ROOT / "configs" / file
+    small = {"levels": "6,6", "suffix_size": 32, "code_dim": 8, "pretrain_epochs": 1, "finetune_epochs": 0}
+    given = flags(
+        config=config, llama_size="tiny", weights=real_data / "stories260K" / "hf", data_dir=tiny_data.path,
+        checkpoint_dir=tmp_path / "run", num_steps=1, max_seq_len=6, precision="float32", tokenizer_epochs=0, **small,
+    )  # fmt: skip
+    assert main(given) == 0
+    loaded = open_run(tmp_path / "run")
+    spec, model = loaded.recommender.spec, loaded.model
+    assert spec.model.lora is not None and spec.model.lora.rank == 64 and loaded.description["frozen_weights"]
+    assert (spec.model.template is not None) == ("text" in file)
+    if spec.model.template is not None:
+        ids, lengths = jnp.array([[3, 5, 0]]), jnp.array([2])
+        sequence = loaded.recommender.sequence(model, ids, lengths, with_target=False)
+        template = spec.model.template
+        whole = [*template.prefix, *np.asarray(model.ids.codes_of(ids))[0, :2].ravel(), *template.suffix]
+        assert sequence.text is not None
+        np.testing.assert_array_equal((sequence.codes + sequence.text)[0, : len(whole)], whole)
+        assert int(sequence.state[0]) == len(whole) - 1  # the separator behind the history
+        assert template.prefix[0] == 1 and len(template.suffix) > 3
