@@ -13,12 +13,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from flax import nnx
 
 from core.alignment import first_occurrences
 from core.code_tables import verify
 from core.semantic_ids import version_name
+from core.sharding import MeshShape, make_mesh
 from efficientids import systems
 from efficientids.data.dataset import Dataset
 from efficientids.errors import UserError
@@ -288,3 +290,21 @@ def test_the_configurations_of_a_7b_train_at_tiny_size(
         np.testing.assert_array_equal((sequence.codes + sequence.text)[0, : len(whole)], whole)
         assert int(sequence.state[0]) == len(whole) - 1  # the separator behind the history
         assert template.prefix[0] == 1 and len(template.suffix) > 3
+
+
+@pytest.mark.parametrize("phase_name", ["tokenizer", "recommender"])
+def test_a_step_on_a_mesh_is_that_of_one_device(phase_name: str, tiny_data: Dataset) -> None:
+    """Both alignments are on: the negatives of one row are those of every device."""
+    recommender, model, _ = made(tiny_data, aligned_from=0.0, kl_loss=0.01, dec_cl_loss=0.1)
+    ((phase, _),) = [turn for turn in turns(recommender.plan()) if turn[0].name == phase_name]
+    batch = {name: value for name, value in next(phase.batches(0, 0)).items() if name in phase.batch_specs[0]}
+    found = []
+    for mesh in (None, make_mesh(MeshShape(data=2, fsdp=2))):
+        program = build_program(model, phase, accumulation=1, grad_clip=1.0, donate=False, mesh=mesh)
+        key = program.key(0, 0)
+        state, metrics = program.step(program.state, program.frozen, program.on_devices(batch), key)
+        moments = [optax.tree.get(group, "mu") for group in state.opt_states]
+        found.append(jax.tree.map(np.asarray, (metrics, moments)))
+    for one, other in zip(*map(jax.tree.leaves, found), strict=True):
+        np.testing.assert_allclose(other, one, rtol=0, atol=1e-5 * max(float(np.abs(one).max()), 1e-6))
+    assert {"sia_loss", "psa_loss"} <= found[0][0].keys()
