@@ -78,7 +78,8 @@ _EXCLUSIVE = (
 _LAUNCH = ("coordinator", "num_processes", "process_id")
 _POSITIVE = (
     "num_steps", "epochs", "batch_size", "batch_size_per_device", "gradient_accumulation", "learning_rate",
-    "log_every", "eval_every", "max_seq_len", "init_std", "num_clusters", "item_dim", "item_rank", "title_tokens",
+    "eval_users", "log_every", "eval_every", "max_seq_len", "init_std", "num_clusters", "item_dim", "item_rank",
+    "title_tokens",
     "num_devices", "lora_rank", "lora_alpha", "llama_learning_rate", "length_buckets", "width", "num_layers",
     "num_heads", "temperature", "neighbours", "pair_window", "recency", "num_processes",
 )  # fmt: skip

@@ -32,6 +32,8 @@ class RunOptions:
     eval_every: int | None = None
     """Steps between validations, each followed by a checkpoint. Default: once an epoch, or every 1000 steps where
     an epoch is longer."""
+    eval_users: int | None = None
+    """Validate on so many users, drawn once; the test at the end takes all. Default: all."""
     patience: int = 0
     """Stop after this many validations without a better NDCG@10; 0: never."""
     check_gradients: bool = False

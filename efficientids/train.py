@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
@@ -92,7 +93,14 @@ def main(arguments: Sequence[str], prog: str = "train_llama.py", what: str | Non
     followers: dict[str, Tracker] = {"TensorBoard": TensorBoard(), "report.html": ReportPage(), **trackers}
     with log.followed_by(followers if processes.is_first() else {}, run.path, to_mapping(config)):
         began = time.perf_counter()
-        train(recommender, model, _options(config, frozen_weights, mesh), run, log, _validator(recommender, dataset))
+        train(
+            recommender,
+            model,
+            _options(config, frozen_weights, mesh),
+            run,
+            log,
+            _validator(recommender, dataset, config.eval_users),
+        )
         log_peak(predicted, log)
         log.say(f"trained in {duration(time.perf_counter() - began)}; run folder {run.path}")
         del model
@@ -187,9 +195,15 @@ def _options(config: TrainConfig, frozen_weights: dict[str, str] | None, mesh: M
     )
 
 
-def _validator(recommender: Recommender, dataset: Dataset) -> Validate:
+def _validator(recommender: Recommender, dataset: Dataset, count: int | None) -> Validate:
+    """Validation on `count` users, whatever the run's seed; on all where there are not more."""
+    users = np.unique(dataset.examples("validation").users)
+    drawn = None
+    if count is not None and count < len(users):
+        drawn = np.sort(np.random.default_rng(0).choice(users, count, replace=False))
+
     def validate(model: nnx.Module) -> dict[str, float]:
-        metrics = evaluate(recommender, model, dataset, "validation", cutoffs=(10,)).metrics
+        metrics = evaluate(recommender, model, dataset, "validation", cutoffs=(10,), users=drawn).metrics
         return {name: metrics[name] for name in ("hr@10", "ndcg@10")}
 
     return validate

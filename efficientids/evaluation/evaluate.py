@@ -120,6 +120,7 @@ def evaluate(
     batch_size: int = 256,
     cutoffs: tuple[int, ...] = CUTOFFS,
     progress: Progress | None = None,
+    users: np.ndarray | None = None,
 ) -> Evaluation:
     """Ranks the whole catalogue for every example of `split`.
 
@@ -129,6 +130,7 @@ def evaluate(
         batch_size: examples at a time.
         cutoffs: the K of HR@K, NDCG@K, MRR@K and coverage@K.
         progress: called with (examples done, examples in all).
+        users: these alone, ascending; None: all.
 
     Raises:
         UserError: no user has a target in this split, or a score is NaN.
@@ -137,7 +139,15 @@ def evaluate(
     parts: list[Rows] = []
     masked_targets = 0
     for batch, ranked in ranked_batches(
-        recommender, model, dataset, split, k=max(cutoffs) + 1, seen=seen, batch_size=batch_size, progress=progress
+        recommender,
+        model,
+        dataset,
+        split,
+        k=max(cutoffs) + 1,
+        seen=seen,
+        batch_size=batch_size,
+        progress=progress,
+        users=users,
     ):
         real = batch.targets > 0
         try:
@@ -151,6 +161,8 @@ def evaluate(
             items[ranked.item_ids[real, :cutoff].ravel()] = True
     rows = Rows(*(np.concatenate(column) for column in zip(*parts, strict=True)))
     protocol = _protocol(dataset, split, seen, recommender.history)
+    if users is not None:
+        protocol["split"] += f", {len(users)} users drawn"
     protocol["unhittable_share"] = masked_targets / len(rows.users) if seen == "mask" else 0.0
     coverage = {f"coverage@{c}": float(items[1:].sum() / dataset.catalogue_size) for c, items in shown.items()}
     return Evaluation(rows, coverage, protocol, dataset.fingerprint, cutoffs)
@@ -166,10 +178,12 @@ def ranked_batches(
     seen: Seen,
     batch_size: int,
     progress: Progress | None,
+    users: np.ndarray | None = None,
 ) -> Iterator[tuple[EvaluationBatch, Ranked]]:
     """Each batch of examples of `split` with its k recommendations. Raises UserError for a split without any."""
-    total, done = len(dataset.examples(split).users), 0
-    for batch in evaluation_batches(dataset, split, batch_size, recommender.max_items):
+    of = dataset.examples(split).users
+    total, done = len(of) if users is None else int(np.isin(of, users).sum()), 0
+    for batch in evaluation_batches(dataset, split, batch_size, recommender.max_items, users=users):
         exclude = batch.seen if seen == "mask" else None
         yield batch, recommender.recommend(model, Histories(batch.item_ids, batch.lengths), k, exclude)
         done += int((batch.targets > 0).sum())

@@ -193,7 +193,8 @@ def _for_gpu(config: TrainConfig) -> TrainConfig:
 
 # Flags that say where a run lies and what is asked of a plan: the program is the same.
 _NO_PART = (
-    "data_dir", "checkpoint_dir", "trackers", "force", "seed", "log_every", "eval_every", "patience",
+    "data_dir", "checkpoint_dir", "trackers", "force", "seed", "log_every", "eval_every", "eval_users", "patience",
+    "check_gradients",
     *(f.name for f in dataclasses.fields(PlanOptions)),
 )  # fmt: skip
 

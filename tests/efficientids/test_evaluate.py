@@ -143,6 +143,17 @@ def test_evaluate_equals_plain_loops(dataset: Dataset, split: Any, seen: Seen, t
     assert f"{protocol['unhittable_share']:.1%} of targets unhittable" in as_text(result)
 
 
+def test_some_users_alone(dataset: Dataset) -> None:
+    whole, calls = evaluate(table(False), nnx.Module(), dataset, "test"), list[tuple[int, int]]()
+    users = whole.rows.users[[1, 4, 6, 7, 8]]
+    some = evaluate(
+        table(False), nnx.Module(), dataset, "test", users=users, batch_size=2,
+        progress=lambda done, total: calls.append((done, total)),
+    )  # fmt: skip
+    np.testing.assert_array_equal(some.rows.ranks, whole.rows.ranks[[1, 4, 6, 7, 8]])
+    assert some.protocol["split"].endswith("test, 5 users drawn") and calls[-1] == (5, 5)
+
+
 @pytest.mark.parametrize("split", ["validation", "test"])
 def test_the_recommender_is_shown_nothing_of_the_target_or_after(dataset: Dataset, split: Any) -> None:
     recommender = table(ties=False)
