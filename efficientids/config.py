@@ -81,11 +81,13 @@ _POSITIVE = (
     "eval_users", "log_every", "eval_every", "max_seq_len", "init_std", "num_clusters", "item_dim", "item_rank",
     "title_tokens",
     "num_devices", "lora_rank", "lora_alpha", "llama_learning_rate", "length_buckets", "width", "num_layers",
-    "num_heads", "temperature", "neighbours", "pair_window", "recency", "num_processes",
+    "num_heads", "temperature", "neighbours", "pair_window", "recency", "num_processes", "suffix_size", "code_dim",
+    "pretrain_epochs", "recommender_epochs", "tokenizer_learning_rate", "finetune_learning_rate", "beams",
 )  # fmt: skip
 _NOT_NEGATIVE = (
     "warmup_steps", "weight_decay", "grad_clip", "patience", "text_loss_weight", "seed",
-    "distance_power", "backward", "source_power", "target_power", "popularity_weight",
+    "distance_power", "backward", "source_power", "target_power", "popularity_weight", "tokenizer_epochs",
+    "aligned_from", "code_loss", "kl_loss", "dec_cl_loss", "finetune_epochs",
 )  # fmt: skip
 
 
