@@ -59,4 +59,11 @@ part batches 120 python benchmarks/batches.py --recommender sasrec --data_dir "$
 # Items a second of a 1b-shaped frozen Llama, predicted against real peak: in its metrics.jsonl.
 part run-1b 200 python train_llama.py --llama_size 1b --random_weights --freeze_llama --num_steps 60 --batch_size 16 \
   --seq_len 512 --log_every 20 --checkpoint_dir "$out/run-1b"
+# Semantic IDs against Hugging Face's generate, and the trie's cost a step.
+part generate 300 python benchmarks/generate.py --json "$out/generate.json"
+# ETEGRec whole, where a prepared Beauty'14 lies in a folder that git ignores (the lent machine has no data).
+if [ -d benchmarks/data/beauty14 ]; then
+  part etegrec-beauty 560 python train_llama.py --config configs/etegrec_amazon.yaml \
+    --data_dir benchmarks/data/beauty14 --checkpoint_dir "$out/etegrec-beauty"
+fi
 [ "$failures" -eq 0 ]
