@@ -82,7 +82,7 @@ def account(config: TrainConfig, program: Program, scale: Scale, activations: in
         "buffers": bytes_of(frozen_rest),
         "gradients": gradients,
         "optimiser": bytes_of(state.opt_states),
-        IDLE: bytes_of(idle),
+        **({IDLE: waiting} if (waiting := bytes_of(idle)) else {}),
         ACTIVATIONS: max(0, activations - _whole_bytes(trained)) // shape.size,
     }
     count = _size((trained, nnx.filter_state(frozen, nnx.Param))) + _quantized_size(quantized)

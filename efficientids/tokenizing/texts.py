@@ -14,6 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from core.config import LlamaConfig
+from core.functional import FunctionalModel
 from core.llama_loader import LlamaLoader
 from efficientids.data import layout
 from efficientids.data.dataset import Dataset
@@ -51,17 +53,7 @@ def text_vectors(
     Raises:
         UserError: weights that are missing or start at random, no tokenizer, no such column.
     """
-    if loader.starts_at_random:
-        raise UserError(
-            "--llama_size tiny: it has no published weights, and what a random Llama says of titles is noise"
-        )
-    on_gpu = jax.default_backend() == "gpu"
-    dtype = jnp.bfloat16 if on_gpu else jnp.float32
-    try:
-        folder = loader.folder()
-        model, params, llama = loader.load_model(param_dtype=dtype, dtype=dtype)
-    except (ValueError, OSError) as error:
-        raise UserError(str(error)) from error
+    folder, model, params, llama = _loaded(loader)
     table_NK, bos = title_table(
         dataset.items, templates.load(template), tokenizer or folder / "tokenizer.json", max_tokens, llama.vocab_size,
         source=str(dataset.path / layout.ITEMS),
@@ -88,6 +80,20 @@ def text_vectors(
         vectors_ND[rows] = np.asarray(states(params, tokens_BT, lengths_B))[: len(rows)]
         progress(start + len(rows), len(order))
     return vectors_ND
+
+
+def _loaded(loader: LlamaLoader) -> tuple[Path, FunctionalModel, nnx.State, LlamaConfig]:
+    """The weights' folder, the model, its parameters and its shape."""
+    if loader.starts_at_random:
+        raise UserError(
+            f"--llama_size {loader.model_size}: it has no published weights, and what a random Llama says of titles is "
+            "noise"
+        )
+    dtype = jnp.bfloat16 if jax.default_backend() == "gpu" else jnp.float32
+    try:
+        return loader.folder(), *loader.load_model(param_dtype=dtype, dtype=dtype)
+    except (ValueError, OSError) as error:
+        raise UserError(str(error)) from error
 
 
 def pooled(hidden_BTD: jax.Array, lengths_B: jax.Array, pooling: Pooling) -> jax.Array:

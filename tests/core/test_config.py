@@ -51,6 +51,7 @@ def read(**fields: Any) -> LlamaConfig:
         ("13b", 13_015_864_320),
         ("tinyllama-1.1b", 1_100_048_384),
         ("tiny", 164_160),
+        ("small", 1_115_264),
     ],
 )
 def test_sizes_have_their_published_parameters(size: str, parameters: int) -> None:

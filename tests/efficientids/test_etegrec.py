@@ -64,7 +64,14 @@ def start(tiny_data: Dataset, quick_compile: None) -> tuple[ETEGRec, ETEGRecMode
 @pytest.fixture(scope="module")
 def run(tiny_data: Dataset, tmp_path_factory: pytest.TempPathFactory, quick_compile: None) -> Iterator[Path]:
     folder = tmp_path_factory.mktemp("etegrec") / "run"
-    job = {**JOB, "num_steps": 6, "recommender_epochs": 0.25, "tokenizer_epochs": 0.25, "finetune_epochs": 0.25}
+    job = {
+        **JOB,
+        "num_steps": 6,
+        "eval_every": 2,
+        "recommender_epochs": 0.25,
+        "tokenizer_epochs": 0.25,
+        "finetune_epochs": 0.25,
+    }
     given = flags(data_dir=tiny_data.path, checkpoint_dir=folder, log_every=1, learning_rate=1e-2, **job)
     assert main([*given, "--tokenizer_learning_rate=0.05", "--aligned_from=0.25"]) == 0
     yield folder
@@ -265,7 +272,10 @@ def test_flags_that_cannot_be(tiny_data: Dataset, line: dict[str, Any], message:
         made(tiny_data, **line)
 
 
-@pytest.mark.parametrize("file", ["etegrec_llama2_7b_5090.yaml", "etegrec_llama2_7b_text_5090.yaml"])
+@pytest.mark.parametrize(
+    "file",
+    [pytest.param("etegrec_llama2_7b_5090.yaml", marks=pytest.mark.slow), "etegrec_llama2_7b_text_5090.yaml"],
+)
 def test_the_configurations_of_a_7b_train_at_tiny_size(
     file: str, tiny_data: Dataset, real_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

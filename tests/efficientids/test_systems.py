@@ -45,7 +45,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory, tiny_data: Dataset) -> dict[s
 
 
 def test_every_name_has_a_system() -> None:
-    assert set(NAMES) == {"efficientids", "sasrec", "item_knn", "popularity"}
+    assert set(NAMES) == {"efficientids", "etegrec", "sasrec", "item_knn", "popularity"}
     known = {field.name for field in dataclasses.fields(TrainConfig)}
     assert set(READS) == set(NAMES)
     for name in NAMES:
