@@ -302,7 +302,7 @@ def test_the_configurations_of_a_7b_train_at_tiny_size(
         assert template.prefix[0] == 1 and len(template.suffix) > 3
 
 
-@pytest.mark.parametrize("phase_name", ["tokenizer", "recommender"])
+@pytest.mark.parametrize("phase_name", [pytest.param("tokenizer", marks=pytest.mark.slow), "recommender"])
 def test_a_step_on_a_mesh_is_that_of_one_device(phase_name: str, tiny_data: Dataset) -> None:
     """Both alignments are on: the negatives of one row are those of every device."""
     recommender, model, _ = made(tiny_data, aligned_from=0.0, kl_loss=0.01, dec_cl_loss=0.1)

@@ -92,7 +92,7 @@ def test_contradictions_are_refused(line: str, message: str, tmp_path: Path) -> 
         main([*line.split(), f"--checkpoint_dir={tmp_path / 'run'}"])
 
 
-@pytest.mark.parametrize("given", [LORA, QLORA])
+@pytest.mark.parametrize("given", [LORA, pytest.param(QLORA, marks=pytest.mark.slow)])
 def test_a_lora_run_saves_adapters_and_no_base(
     trained: Trained, weights: Path, given: tuple[str, ...], capsys: pytest.CaptureFixture[str]
 ) -> None:
