@@ -152,6 +152,7 @@ def test_each_phase_trains_its_own(start: tuple[ETEGRec, ETEGRecModel, TrainConf
     assert changed(*parts_of("finetune", recommender, model)) == own
 
 
+@pytest.mark.slow
 def test_tables_start_as_the_codebooks_or_are_them(
     start: tuple[ETEGRec, ETEGRecModel, TrainConfig], tiny_data: Dataset
 ) -> None:
@@ -237,6 +238,7 @@ def test_a_target_that_stands_twice_counts_once(start: tuple[ETEGRec, ETEGRecMod
     np.testing.assert_array_equal(first_occurrences(jnp.array([5, 5, 9])), [True, False, True])
 
 
+@pytest.mark.slow
 def test_gradients_by_part(start: tuple[ETEGRec, ETEGRecModel, TrainConfig]) -> None:
     """Every part that a phase trains gets some; what is frozen is said to be."""
     recommender, model, _ = start
@@ -272,10 +274,8 @@ def test_flags_that_cannot_be(tiny_data: Dataset, line: dict[str, Any], message:
         made(tiny_data, **line)
 
 
-@pytest.mark.parametrize(
-    "file",
-    [pytest.param("etegrec_llama2_7b_5090.yaml", marks=pytest.mark.slow), "etegrec_llama2_7b_text_5090.yaml"],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("file", ["etegrec_llama2_7b_5090.yaml", "etegrec_llama2_7b_text_5090.yaml"])
 def test_the_configurations_of_a_7b_train_at_tiny_size(
     file: str, tiny_data: Dataset, real_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
