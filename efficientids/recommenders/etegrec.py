@@ -121,16 +121,15 @@ class ETEGRec:
         if self.spec.tied:
             # Code loss moves the codebooks, and with them the codes that items should have.
             recommender = dataclasses.replace(recommender, on_end=self.reindex)
-        plan: list[Phase | Cycle] = []
+        phases = [recommender]
         if turns.tokenizer_steps:
             parameters = nnx.Any(in_tokenizer, self._is_shared_table)
             tokenizer = dataclasses.replace(
                 training.phase("tokenizer", parameters, self._tokenizer_loss), num_steps=turns.tokenizer_steps,
                 groups=[(parameters, turns.tokenizer)], on_end=self.reindex, validated=False,
             )  # fmt: skip
-            plan.append(Cycle([tokenizer, recommender], turns.rounds))
-        else:
-            plan.append(Cycle([recommender], turns.rounds))
+            phases = [tokenizer, recommender]
+        plan: list[Phase | Cycle] = [Cycle(phases, turns.rounds)]
         if turns.finetune_steps:
             plan.append(self._finetuning(training, turns, llama))
         return plan

@@ -66,7 +66,7 @@ class ETEGRecSystem:
         epoch = base.steps_per_epoch(scale.train_lengths, buckets)
         config = base.resolve_training(config, scale, buckets, max_warmup=500)
         assert config.num_steps is not None
-        turn = _turn(config, epoch)
+        turn = _turn(config, codes, epoch)
         epochs = config.num_steps / epoch
         return dataclasses.replace(
             config,
@@ -170,10 +170,11 @@ def _items(config: TrainConfig) -> int:
     return config.max_seq_len
 
 
-def _turn(config: TrainConfig, epoch: int) -> int:
-    """Steps of the recommender's turn: all of its steps, if they are fewer or there is no alternation."""
+def _turn(config: TrainConfig, codes: CodeShapes, epoch: int) -> int:
+    """Steps of the recommender's turn: all of its steps, if they are fewer or nothing is done between turns."""
     assert config.num_steps is not None
-    if not _alternates(config, code_shapes(config)):
+    # Tied tables move with the codebooks: items get the codes of the moved ones after each turn.
+    if not _alternates(config, codes) and not config.tie_to_tokenizer:
         return config.num_steps
     return max(1, min(config.num_steps, math.ceil(config.recommender_epochs * epoch)))
 
@@ -186,15 +187,14 @@ def _turns(config: TrainConfig, scale: Scale, codes: CodeShapes) -> Turns:
     assert config.num_steps is not None and config.learning_rate is not None and config.warmup_steps is not None
     assert config.aligned_from is not None and config.finetune_epochs is not None
     epoch = base.steps_per_epoch(scale.train_lengths, base.buckets_of(config, _items(config)))
-    turn = _turn(config, epoch)
-    alternates = _alternates(config, codes)
+    turn = _turn(config, codes, epoch)
     finetune = math.ceil(config.finetune_epochs * epoch)
 
     def optimizer(learning_rate: float, steps: int) -> OptimizerConfig:
         return OptimizerConfig(learning_rate, min(config.warmup_steps or 0, steps // 10), config.weight_decay)
 
     rounds = max(1, config.num_steps // turn)
-    tokenizer_steps = math.ceil(config.tokenizer_epochs * epoch) if alternates else 0
+    tokenizer_steps = math.ceil(config.tokenizer_epochs * epoch) if _alternates(config, codes) else 0
     return Turns(
         rounds=rounds,
         tokenizer_steps=tokenizer_steps,

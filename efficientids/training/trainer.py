@@ -102,23 +102,20 @@ class _Trainer:
 
     def __init__(self, options: TrainerOptions, log: RunLog, validate: Validate, checkpoints: Writer) -> None:
         self._options, self._log, self._validate, self._checkpoints = options, log, validate, checkpoints
-        self._done, self._best_value = 0, -math.inf
+        self._done, self._patience = 0, _Patience(options.patience)
 
     def run(self, cycle: Cycle, model: nnx.Module) -> nnx.Module:
         """Returns the model after the last step."""
-        patience = _Patience(self._options.patience, self._best_value)
+        self._patience.waited = 0
         turns: dict[str, _Turns] = {}
         for _ in range(cycle.repeats):
             for phase in cycle.phases:
-                model, ends = self._turn(phase, cycle.repeats, model, turns, patience)
-                self._best_value = patience.best
+                model, ends = self._turn(phase, cycle.repeats, model, turns)
                 if ends:
                     return model
         return model
 
-    def _turn(
-        self, phase: Phase, repeats: int, model: nnx.Module, turns: dict[str, _Turns], patience: _Patience
-    ) -> tuple[nnx.Module, bool]:
+    def _turn(self, phase: Phase, repeats: int, model: nnx.Module, turns: dict[str, _Turns]) -> tuple[nnx.Module, bool]:
         """One turn of a phase; True where the cycle should end with it."""
         options = self._options
         turn = turns.get(phase.name)
@@ -133,7 +130,7 @@ class _Trainer:
             turn = turns[phase.name] = _Turns(program, key, self._done, phase.num_steps * repeats)
         else:
             turn.program = turn.program.resumed(model, turn.program.state)
-        loop = _Loop(phase, turn, options, self._log, self._validate, self._checkpoints, self._done, patience)
+        loop = _Loop(phase, turn, options, self._log, self._validate, self._checkpoints, self._done, self._patience)
         model, state = loop.run()
         # Its parameters may be given away to the next phase's steps; the optimiser's moments are its own.
         turn.program = turn.program._replace(state=state)
@@ -152,13 +149,13 @@ class _Trainer:
 class _Patience:
     """Counts a cycle's validations since the best one, of this cycle or before it."""
 
-    def __init__(self, patience: int, best: float) -> None:
-        self._patience, self.best, self.waited = patience, best, 0
+    def __init__(self, patience: int) -> None:
+        self._patience, self._best, self.waited = patience, -math.inf, 0
 
     def improved(self, value: float) -> bool:
         """Told of a validation: is it the best so far? Of equals the later one, as Orbax keeps it."""
-        better = value >= self.best
-        self.best, self.waited = (value, 0) if better else (self.best, self.waited + 1)
+        better = value >= self._best
+        self._best, self.waited = (value, 0) if better else (self._best, self.waited + 1)
         return better
 
     @property

@@ -177,6 +177,16 @@ def _suffix_alone(recommender: ETEGRec, model: ETEGRecModel) -> bool:
     return [path[1] for path in moved] == [2]
 
 
+def test_turns_without_the_tokenizers(tiny_data: Dataset) -> None:
+    """One run; but with tied tables items are indexed anew after every turn."""
+    system, scale = systems.get("etegrec"), Scale.of(tiny_data)
+    for tied, rounds in ((False, 1), (True, 2)):
+        asked = TrainConfig(**{**JOB, "epochs": 2.0, "tokenizer_epochs": 0.0, "tie_to_tokenizer": tied})
+        cycle, *_ = system.planned(system.resolve(asked, scale), scale).plan()
+        assert isinstance(cycle, Cycle) and cycle.repeats == rounds
+        assert [(phase.name, phase.on_end is not None) for phase in cycle.phases] == [("recommender", tied)]
+
+
 def test_reindexing_keeps_every_shape(start: tuple[ETEGRec, ETEGRecModel, TrainConfig]) -> None:
     recommender, model, _ = start
     graphdef, state = nnx.split(model)
