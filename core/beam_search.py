@@ -29,7 +29,7 @@ from jax import Array
 from core.semantic_ids import SemanticIDs
 
 Normalise = Literal["alphabet", "children"]
-"""Log-probabilities over all codes of a level (as in training), or over those that lead to an item."""
+"""Log-probabilities over all codes of a level, or over those that lead to an item. Train on what is to be scored."""
 
 
 class Continue(Protocol):

@@ -32,7 +32,14 @@ class CodebookLogits(nnx.Module):
 
 
 def code_loss(
-    projected_Td: Array, table_Kd: Array, codes_T: Array, weights_T: Array, chunk_elements: int | None = None
+    projected_Td: Array,
+    table_Kd: Array,
+    codes_T: Array,
+    weights_T: Array,
+    *,
+    live_TK: Array | None = None,
+    chunk_elements: int | None = None,
 ) -> Array:
     """Σ weights · (−log p(code)) over one level, float32; arguments and chunks as of `core.softmax.cross_entropy`."""
-    return cross_entropy([Segment(projected_Td, table_Kd)], codes_T, weights_T, chunk_elements=chunk_elements)
+    segment = Segment(projected_Td, table_Kd)
+    return cross_entropy([segment], codes_T, weights_T, live_TS=live_TK, chunk_elements=chunk_elements)

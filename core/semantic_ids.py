@@ -150,6 +150,23 @@ class SemanticIDs(nnx.Module):
         labels = self.labels[level][...]
         return labels[jnp.minimum(child_BWw, labels.shape[0] - 1)], jnp.where(real_BWw, child_BWw, -1)
 
+    def siblings(self, item_ids: Array) -> list[Array]:
+        """Of each level the codes that lead to an item from where an item's own code is chosen: bool [..., K_l].
+
+        Ids int [...]. Padding, which no choice leads to, has all codes of a level.
+        """
+        found = []
+        path = self.ancestors(self.leaf_of_item[...][item_ids])
+        for level, (size, nodes) in enumerate(zip(self.shape.level_sizes, path, strict=False)):
+            flat_T1 = nodes.reshape(-1, 1)
+            codes_Tw, children_Tw = (x[:, 0] for x in self.step(level, flat_T1))
+            rows_T1 = jnp.arange(flat_T1.shape[0])[:, None]
+            # Where there is no such child, its code would fall out of the alphabet and is dropped.
+            codes_Tw = jnp.where(children_Tw >= 0, codes_Tw, size)
+            real_TK = jnp.zeros((flat_T1.shape[0], size), bool).at[rows_T1, codes_Tw].set(True, mode="drop")
+            found.append((real_TK | (flat_T1 < 0)).reshape(*item_ids.shape, size))
+        return found
+
     def items_at(self, leaves: Array) -> Array:
         """Leaves int [...] → item ids int32 [...]; 0 for −1."""
         return jnp.where(leaves >= 0, self.item_of_leaf[...][jnp.maximum(leaves, 0)], 0)

@@ -8,6 +8,7 @@ Products are taken in the hidden state's dtype and accumulated in float32; every
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Callable, Sequence
 
 import jax
@@ -19,8 +20,8 @@ from core.rows import sum_over_batch_shards
 Table = tuple[jax.Array, jax.Array | None, jax.Array | None]
 """(table [N, D], bias [N] or None, live [N] or None): a segment without its hidden states."""
 
-_Positions = tuple[list[jax.Array], jax.Array, jax.Array]
-"""(hidden states [T, ·] of each segment, targets [T], weights [T])."""
+_Positions = tuple[list[jax.Array], jax.Array, jax.Array, jax.Array | None]
+"""(hidden states [T, ·] of each segment, targets [T], weights [T], live entries [T, S] or None)."""
 
 
 @jax.tree_util.register_dataclass
@@ -54,6 +55,7 @@ def cross_entropy(
     targets_T: jax.Array,
     weights_T: jax.Array,
     *,
+    live_TS: jax.Array | None = None,
     chunk_elements: int | None = None,
 ) -> jax.Array:
     """Σ_t weights_t · (−log p(target_t | h_t)) under one softmax over all segments' live entries, as a float32 scalar.
@@ -65,6 +67,7 @@ def cross_entropy(
       segments: one or more tables; their concatenation, in this order, is what targets index.
       targets_T: int32 [T], in [0, S).
       weights_T: float32 [T]. A position of weight 0 contributes nothing, whatever its target.
+      live_TS: bool [T, S], of each position the entries that its softmax is over; None: all that are live.
       chunk_elements: logits [rows of a chunk, S] to hold at most; static; None: see `core.chunked.chunk_rows`.
 
     Returns:
@@ -80,7 +83,7 @@ def cross_entropy(
             f"{segments[0].h_TD.shape} do not share one axis of positions"
         )
     tables = [(segment.table_ND, segment.bias_N, segment.live_N) for segment in segments]
-    xs = ([segment.h_TD for segment in segments], targets_T, weights_T.astype(jnp.float32))
+    xs = ([segment.h_TD for segment in segments], targets_T, weights_T.astype(jnp.float32), live_TS)
     size = chunk_rows(sum(segment.table_ND.shape[0] for segment in segments), chunk_elements)
 
     def loss(tables: list[Table], xs: _Positions) -> jax.Array:
@@ -94,8 +97,12 @@ def cross_entropy(
 
 def _chunk_loss(tables: list[Table], xs: _Positions) -> jax.Array:
     """Σ weights·(−log p) of one chunk, segment by segment: concatenated logits would be copied once more."""
-    hs, targets_T, weights_T = xs
+    hs, targets_T, weights_T, live_TS = xs
     logits = [segment_logits(Segment(h_TD, *table)) for table, h_TD in zip(tables, hs, strict=True)]
+    if live_TS is not None:
+        ends = list(itertools.accumulate(x_TN.shape[1] for x_TN in logits))[:-1]
+        lives = jnp.split(live_TS, ends, axis=1)
+        logits = [jnp.where(live_TN, x_TN, -jnp.inf) for live_TN, x_TN in zip(lives, logits, strict=True)]
     return jnp.sum(weighted(weights_T, joint_nll(logits, targets_T)))
 
 

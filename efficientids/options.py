@@ -254,7 +254,7 @@ class SemanticIDOptions:
     beams: int = 20
     """Of the search; more where more results are asked for."""
     normalise: Literal["alphabet", "children"] = "alphabet"
-    """Score codes among all of their level, as in training, or among those that lead to an item."""
+    """Train and score codes among all of their level, or among those that lead to an item."""
     prompt: str | None = None
     """Text around the history's codes, as in 'Bought: {history} Next:'; needs --tokenizer or weights with one.
     Default: codes alone."""

@@ -129,13 +129,18 @@ class LlamaETEGRecModel(nnx.Module):
             x_BTD = Dropout(rate, key_input)(x_BTD, 0)
         return self.llama.hidden(x_BTD, dropout=rate, key=key_layers)
 
-    def loss(self, hidden_BTD: Array, sequence: CodeSequence, weights_BH: Array) -> CodeLoss:
+    def loss(
+        self, hidden_BTD: Array, sequence: CodeSequence, weights_BH: Array, live: Sequence[Array] | None = None
+    ) -> CodeLoss:
         """Negative log-likelihood of codes, each given all that stands before it.
 
         Args:
             hidden_BTD: `hidden(sequence)`.
             weights_BH: of each item of a history, and so of each of its codes. 0: not supervised (padding; or all but
                 the target). H is at least the number of items of any row: more would not be counted.
+            live: of each level bool [B, H, K_l], the codes among which each item's own is chosen
+                (`SemanticIDs.siblings`); None: among all. What `top_k` scores with `normalise="children"` is trained
+                with it.
         """
         inside_BT = jnp.arange(1, hidden_BTD.shape[1] + 1) < sequence.lengths[:, None]
         # The label of a position is what stands at the next one.
@@ -150,8 +155,13 @@ class LlamaETEGRecModel(nnx.Module):
             weights_BM = jnp.take_along_axis(jnp.where(here_BT, weight_BT, 0.0), chosen_BM, axis=1)
             codes_BM = jnp.take_along_axis(jnp.where(here_BT, _next(sequence.codes), 0), chosen_BM, axis=1)
             chosen_BMd = jnp.take_along_axis(projected_BTd, chosen_BM[..., None], axis=1)
-            chosen_Td, chunk = chosen_BMd.reshape(-1, self.config.code_dim), self.llama.compute.chunk_elements
-            totals.append(code_loss(chosen_Td, table_Kd, codes_BM.ravel(), weights_BM.ravel(), chunk))
+            chosen_Td, live_TK = chosen_BMd.reshape(-1, self.config.code_dim), None
+            if live is not None:
+                items_BM1 = jnp.take_along_axis(item_BT, chosen_BM, axis=1)[..., None]
+                live_TK = jnp.take_along_axis(live[level], items_BM1, axis=1).reshape(-1, table_Kd.shape[0])
+            chunk = self.llama.compute.chunk_elements
+            labels_T, weights_T = codes_BM.ravel(), weights_BM.ravel()
+            totals.append(code_loss(chosen_Td, table_Kd, labels_T, weights_T, live_TK=live_TK, chunk_elements=chunk))
             weights.append(weights_BM.sum())
         return CodeLoss(jnp.stack(totals), jnp.stack(weights))
 

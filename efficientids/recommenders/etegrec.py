@@ -209,7 +209,8 @@ class ETEGRec:
         first_B = jnp.ones_like(lengths_B) if self._turns.targets == "all" else jnp.maximum(lengths_B - 1, 1)
         # The first item has no history: what it is like is no part of what is asked.
         weights_BH = ((place_H >= first_B[:, None]) & (place_H < lengths_B[:, None])).astype(jnp.float32)
-        found = model.loss(hidden_BTD, sequence, weights_BH)
+        live = model.ids.siblings(ids_BH) if self.spec.normalise == "children" else None
+        found = model.loss(hidden_BTD, sequence, weights_BH, live)
         names = [f"code{level + 1}_loss" for level in range(len(self.spec.model.level_sizes))]
         metrics = dict(zip(names, zip(found.totals_L, found.weights_L, strict=True), strict=True))
         loss = LossSum(found.totals_L.sum(), found.weights_L.sum(), weights_BH.sum(), metrics)

@@ -38,7 +38,7 @@ class ETEGRecSpec:
         tokenizer: None for codes that were given: nothing to align with, nothing to train in turn.
         tied: the recommender's tables of the real levels are the tokenizer's codebooks, the same parameters.
         beams: of the search; more where more results are asked for.
-        normalise: what its scores are log-probabilities over.
+        normalise: what the code loss and the search's scores are log-probabilities over.
     """
 
     model: ETEGRecConfig

@@ -37,5 +37,16 @@ def test_logits_and_loss_are_over_all_codes_of_the_level() -> None:
     nll = np.log(np.exp(wide).sum(-1)) - np.take_along_axis(wide, codes[..., None], axis=-1)[..., 0]
     projected = head.project(hidden).reshape(-1, DIM)
     for chunk in (None, 14):  # at once, and two positions at a time
-        loss = code_loss(projected, TABLES[2], jnp.asarray(codes.ravel()), jnp.asarray(weights.ravel()), chunk)
+        loss = code_loss(
+            projected, TABLES[2], jnp.asarray(codes.ravel()), jnp.asarray(weights.ravel()), chunk_elements=chunk
+        )
+        assert float(loss) == pytest.approx(float((weights * nll).sum()), rel=1e-5)
+    live = np.arange(7) % 3 != codes.reshape(-1, 1) % 3 - 1  # each label's own code is live, some others are not
+    among = np.log((np.exp(wide.reshape(-1, 7)) * live).sum(-1)).reshape(nll.shape)
+    nll += among - np.log(np.exp(wide).sum(-1))
+    for chunk in (None, 14):
+        loss = code_loss(
+            projected, TABLES[2], jnp.asarray(codes.ravel()), jnp.asarray(weights.ravel()),
+            live_TK=jnp.asarray(live), chunk_elements=chunk,
+        )  # fmt: skip
         assert float(loss) == pytest.approx(float((weights * nll).sum()), rel=1e-5)

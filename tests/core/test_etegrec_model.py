@@ -121,6 +121,24 @@ def test_loss_reads_every_code_at_the_position_before_it(template: Template | No
         assert counts.tolist() == ([9] * 3 if weights is ALL else [3] * 3)
 
 
+def test_loss_among_siblings_is_what_the_search_scores_by() -> None:
+    """Trained so, items' probabilities sum to one; and an empty row, which has no siblings, harms no gradient."""
+    model = make()
+    scores, items = model.top_k(sequences(None, with_target=False), IDS, ITEMS, beams=ITEMS, normalise="children")
+    np.testing.assert_allclose(np.exp(scores).sum(axis=1), 1.0, rtol=1e-5)
+
+    def loss(model: LlamaETEGRecModel, rows_BH: jax.Array, lengths_B: jax.Array) -> jax.Array:
+        sequence = lay_out(IDS.codes_of(rows_BH), lengths_B, None, with_target=True)
+        last_BH = (jnp.arange(rows_BH.shape[1]) == lengths_B[:, None] - 1).astype(jnp.float32)
+        return model.loss(model.hidden(sequence), sequence, last_BH, IDS.siblings(rows_BH)).totals_L.sum()
+
+    row, (target, score) = 1, (int(items[1, 4]), float(scores[1, 4]))
+    rows_BH = jnp.array([[*HISTORIES[row, :2], target, 0], [0, 0, 0, 0]])
+    value, gradients = nnx.value_and_grad(loss)(model, rows_BH, jnp.array([3, 0]))
+    assert float(value) == pytest.approx(-score, rel=1e-5)
+    assert all(bool(jnp.isfinite(x).all()) for x in jax.tree.leaves(gradients))
+
+
 @pytest.mark.parametrize("template", [None, TEXT])
 def test_causal_by_gradient(template: Template | None) -> None:
     model, sequence = make(template), sequences(template)

@@ -52,6 +52,19 @@ def test_walking_the_trie_finds_the_children_of_every_prefix(sizes: tuple[int, .
     assert sorted(items) == list(range(1, len(codes) + 1))
 
 
+@pytest.mark.parametrize("sizes", ALPHABETS)
+def test_siblings_are_the_codes_that_lead_to_an_item_from_the_same_prefix(sizes: tuple[int, ...]) -> None:
+    codes = unique_codes(sizes, 40 if len(sizes) > 1 else 6)
+    found = jax.jit(SemanticIDs.siblings)(build(codes, sizes), np.array([[3, 0], [1, len(codes)]]))
+    for level, size in enumerate(sizes):
+        assert found[level].shape == (2, 2, size) and found[level].dtype == bool
+        for place, item in (((0, 0), 3), ((1, 0), 1), ((1, 1), len(codes))):
+            prefix = codes[item - 1][:level]
+            expected = codes[(codes[:, :level] == prefix).all(axis=1)][:, level]
+            assert set(np.flatnonzero(found[level][place])) == set(expected)
+        assert found[level][0, 1].all()  # padding
+
+
 def test_no_node_has_no_children_and_no_item() -> None:
     ids = build(unique_codes(SIZES, 30), SIZES)
     for level in range(4):
