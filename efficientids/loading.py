@@ -11,9 +11,11 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from core import sharding
+from core.code_tables import verify
 from core.functional import FunctionalModel
 from core.lora import is_adapter, merged
 from core.platform import quiet_devices
+from core.semantic_ids import SemanticIDs
 from core.weight_files import CheckpointError, weights_checksum
 from efficientids import checkpoints, systems
 from efficientids.config import from_mapping
@@ -118,6 +120,7 @@ def open_saved(
     graphdef, state = abstract(recommender)
     saved = state if frozen is None else nnx.filter_state(state, nnx.Not(in_base))
     params = checkpoints.restore(run.checkpoints, step, saved, mesh)
+    _check_semantic_ids(run, step, nnx.merge(graphdef, nnx.merge_state(state, params)))
     return LoadedRun(run, step, config, recommender, graphdef, params, described)
 
 
@@ -134,6 +137,20 @@ def _description(run: RunFolder) -> dict[str, Any]:
     except (KeyError, TypeError) as error:
         raise _damaged(run, error) from error
     return described
+
+
+def _check_semantic_ids(run: RunFolder, step: int, model: nnx.Module) -> None:
+    """Refuses a checkpoint whose codes, trie and version are not of one making: it would recommend other items."""
+    for path, module in nnx.iter_modules(model):
+        if not isinstance(module, SemanticIDs):
+            continue
+        try:
+            verify(module)
+        except ValueError as error:
+            name = ".".join(map(str, path))
+            raise UserError(
+                f"{run.checkpoints / str(step)}: {name}: {error}. The checkpoint is damaged; take another (--step)"
+            ) from error
 
 
 def _damaged(run: RunFolder, error: Exception) -> UserError:

@@ -6,6 +6,7 @@ Legend: N items, L levels, B rows.
 from __future__ import annotations
 
 import dataclasses
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from core.code_tables import verify
 from core.semantic_ids import version_name
 from core.sharding import MeshShape, make_mesh
 from efficientids import systems
+from efficientids.checkpoints import writer
 from efficientids.data.dataset import Dataset
 from efficientids.errors import UserError
 from efficientids.evaluation.evaluate import evaluate
@@ -113,6 +115,19 @@ def test_histories_labels_trie_and_checkpoint_are_of_one_version(run: Path, tiny
     found = evaluate(loaded.recommender, loaded.model, tiny_data, "test", cutoffs=(5,)).metrics
     reported = events(run, "test")[0]
     assert found["hr@5"] == pytest.approx(reported["hr@5"])
+
+
+def test_a_checkpoint_whose_trie_is_of_other_codes_is_refused(run: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(run, tmp_path / "run")
+    loaded = open_run(run)
+    codes = np.asarray(loaded.params["ids"]["codes_RL"][...]).copy()
+    codes[[1, 2]] = codes[[2, 1]]
+    mixed: Any = nnx.clone(loaded.model)
+    mixed.ids.codes_RL[...] = codes
+    with writer(copy / "checkpoints") as checkpoints:
+        checkpoints.save(1000, nnx.state(mixed), {}, {"ndcg@10": 0.0}, {})
+    with pytest.raises(UserError, match=r"checkpoints.1000: ids: .* its trie is of other codes.*--step"):
+        open_run(copy, 1000)
 
 
 def test_ids_of_another_version_are_refused(run: Path, tiny_data: Dataset, tmp_path: Path) -> None:
