@@ -5,8 +5,8 @@ renormalise, so that scores are those of training.
 
 What is exact:
   - Every result is an item, none twice, none excluded; scores are exact whatever the width.
-  - A prefix whose items are all excluded takes no beam. So each beam leads to a result, and min(k, items left) come
-    out.
+  - A prefix whose items are all excluded takes no beam. So each beam leads to a result, and at least
+    min(k, beams, items left) come out.
   - With as many beams as there are prefixes with an item left at every depth but the last (the number of items is
     always enough), order and scores are those of scoring every item. With fewer it is a search: an item may be missed
     whose prefix was not among the best. Excluding items leaves beams to the others, but a prefix of which few items
@@ -76,7 +76,8 @@ def beam_search(
         ids: code table and trie.
         logits_BK: float32 logits of the first level's codes.
         carry, advance: the model behind them; see `Continue`.
-        k: results; beams: W, at least k. Static.
+        k: results; beams: W. Static. More results than beams may be asked for; they come out where the last beams
+            have several items, or are missing.
         exclude_BX: int32 items never to return, in any order, also twice; 0 for none.
         normalise: by which log-probabilities to score.
 
@@ -84,10 +85,10 @@ def beam_search(
         (scores float32 [B, k], items int32 [B, k]), best first; −∞ and 0 where no item is left.
 
     Raises:
-        ValueError: k below 1 or above `beams`, or an unknown `normalise`.
+        ValueError: k or `beams` below 1, or an unknown `normalise`.
     """
-    if not 1 <= k <= beams:
-        raise ValueError(f"beam search: {k} results of {beams} beams; ask for 1 to {beams}, or give more beams")
+    if k < 1 or beams < 1:
+        raise ValueError(f"beam search: {k} results of {beams} beams; give at least 1 of each")
     if normalise not in ("alphabet", "children"):
         raise ValueError(f"normalise {normalise!r}: choose alphabet or children")
     levels = ids.shape.levels

@@ -95,6 +95,12 @@ class LlamaConfig:
             raise ConfigError(f"{'config' if isinstance(source, Mapping) else source}: {error}") from error
         return config
 
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> LlamaConfig:
+        """The inverse of `dataclasses.asdict`. Raises KeyError or TypeError: fields are missing or unknown."""
+        scaling = values["rope_scaling"]
+        return cls(**{**values, "rope_scaling": None if scaling is None else RopeScaling(**scaling)})
+
     def to_hf(self, torch_dtype: str = "float32") -> dict[str, Any]:
         """The content of a `config.json` in the old style, which transformers 4 and 5 read.
 

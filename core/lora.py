@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -51,6 +52,11 @@ class LoRAConfig:
             raise ValueError(
                 f"LoRA rank {self.rank}, alpha {self.alpha}, dropout {self.dropout}: at least 1, above 0, in [0, 1)"
             )
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> LoRAConfig:
+        """The inverse of `dataclasses.asdict`, after JSON made lists of its tuples. Raises KeyError, TypeError."""
+        return cls(**{**values, "targets": tuple(values["targets"])})
 
     @property
     def scale(self) -> float:

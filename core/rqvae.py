@@ -8,8 +8,8 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -49,6 +49,11 @@ class RQVAEConfig:
                 f"RQ-VAE of widths {self.widths}, levels {self.level_sizes}, beta {self.beta}: give at least one level,"
                 " sizes of at least 1 and a beta of at least 0"
             )
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> RQVAEConfig:
+        """The inverse of `dataclasses.asdict`, after JSON made lists of its tuples. Raises KeyError, TypeError."""
+        return cls(**{**values, **{name: tuple(values[name]) for name in ("level_sizes", "hidden_sizes")}})
 
     @property
     def widths(self) -> tuple[int, ...]:

@@ -16,7 +16,7 @@ import numpy as np
 from flax import nnx
 
 from core.clustering import Clusters
-from core.config import LlamaConfig, RopeScaling
+from core.config import LlamaConfig
 from core.embeddings import Woven, items_only, weave
 from core.functional import Buffer
 from core.layers import Init
@@ -62,12 +62,9 @@ class EfficientIDSSpec:
             KeyError, TypeError: fields are missing or unknown.
         """
         model = dict(values["model"])
-        llama = dict(model["llama"])
-        scaling = llama["rope_scaling"]
-        llama["rope_scaling"] = None if scaling is None else RopeScaling(**scaling)
-        model["llama"] = LlamaConfig(**llama)
+        model["llama"] = LlamaConfig.from_json(model["llama"])
         lora = model.get("lora")
-        model["lora"] = None if lora is None else LoRAConfig(**{**lora, "targets": tuple(lora["targets"])})
+        model["lora"] = None if lora is None else LoRAConfig.from_json(lora)
         return EfficientIDSSpec(**{**values, "model": EfficientIDSConfig(**model)})
 
 

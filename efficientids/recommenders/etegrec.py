@@ -169,22 +169,24 @@ class ETEGRec:
     def recommend(self, model: nnx.Module, histories: Histories, k: int, exclude: np.ndarray | None) -> Ranked:
         """The k best items that the search finds; see `core.beam_search` for what is exact.
 
-        A row of length 0 (padding) gets no item: there is nothing to continue.
+        A row of length 0 (padding) gets no item: there is nothing to continue. More beams than the run's search where
+        k is larger; but of k = beams + 1 the last may be missing.
 
         Raises:
             ValueError: ids outside 0 … N.
         """
-        return ranked(
-            self._top_k, model, histories, k, exclude, max_items=self.max_items, num_items=self.spec.num_items
-        )
+        # One result beyond the beams gets none of its own: evaluation asks for it, to see whether it ties.
+        beams = self.spec.beams if k <= self.spec.beams + 1 else k
+        program = functools.partial(self._top_k, beams=beams)
+        return ranked(program, model, histories, k, exclude, max_items=self.max_items, num_items=self.spec.num_items)
 
-    @functools.partial(jax.jit, static_argnums=(0, 1), static_argnames="k")
+    @functools.partial(jax.jit, static_argnums=(0, 1), static_argnames=("k", "beams"))
     def _top_k(
-        self, graphdef: Any, state: nnx.State, ids: jax.Array, lengths: jax.Array, exclude: jax.Array, *, k: int
-    ) -> tuple[jax.Array, jax.Array]:
+        self, graphdef: Any, state: nnx.State, ids: jax.Array, lengths: jax.Array, exclude: jax.Array, *,
+        k: int, beams: int,
+    ) -> tuple[jax.Array, jax.Array]:  # fmt: skip
         model, spec = nnx.merge(graphdef, state), self.spec
         sequence = self.sequence(model, ids, lengths, with_target=False)
-        beams = max(spec.beams, k)
         scores, items = model.top_k(sequence, model.ids, k, beams=beams, exclude=exclude, normalise=spec.normalise)
         real_B1 = (lengths > 0)[:, None]
         return jnp.where(real_B1, scores, -jnp.inf), jnp.where(real_B1, items, 0)

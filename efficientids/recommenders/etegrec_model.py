@@ -16,7 +16,7 @@ from core.alignment import SIASign
 from core.beam_search import Normalise
 from core.code_sequences import Template
 from core.code_tables import build
-from core.config import LlamaConfig, RopeScaling
+from core.config import LlamaConfig
 from core.functional import Buffer
 from core.lora import LoRAConfig
 from core.models.etegrec import ETEGRecConfig, LlamaETEGRecModel
@@ -62,20 +62,16 @@ class ETEGRecSpec:
             KeyError, TypeError: fields are missing or unknown.
         """
         model, tokenizer = dict(values["model"]), values["tokenizer"]
-        llama = dict(model["llama"])
-        scaling = llama["rope_scaling"]
-        llama["rope_scaling"] = None if scaling is None else RopeScaling(**scaling)
-        model["llama"] = LlamaConfig(**llama)
+        model["llama"] = LlamaConfig.from_json(model["llama"])
         lora, template = model["lora"], model["template"]
-        model["lora"] = None if lora is None else LoRAConfig(**{**lora, "targets": tuple(lora["targets"])})
+        model["lora"] = None if lora is None else LoRAConfig.from_json(lora)
         model["template"] = None if template is None else Template(*(tuple(template[n]) for n in ("prefix", "suffix")))
         model["level_sizes"] = tuple(model["level_sizes"])
-        lists = {} if tokenizer is None else {n: tuple(tokenizer[n]) for n in ("level_sizes", "hidden_sizes")}
         return ETEGRecSpec(**{
             **values,
             "model": ETEGRecConfig(**model),
             "table": TableShape.from_json(values["table"]),
-            "tokenizer": None if tokenizer is None else RQVAEConfig(**{**tokenizer, **lists}),
+            "tokenizer": None if tokenizer is None else RQVAEConfig.from_json(tokenizer),
         })  # fmt: skip
 
 

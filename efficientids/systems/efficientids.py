@@ -34,14 +34,15 @@ from efficientids.systems.buffers import (
 from efficientids.systems.llama import (
     attention_in_words,
     checked_compute,
-    compute,
     described,
     llama_config,
     llama_init,
     lora_config,
     mode_text,
     resolve_mode,
+    restored_compute,
     starts_at_random,
+    text_tokenizer_file,
     training_mode,
 )  # fmt: skip
 from efficientids.systems.llama_defaults import check_positions, from_scratch, start, with_llama_defaults
@@ -142,9 +143,7 @@ class EfficientIDSSystem:
     def restored(self, spec: Mapping[str, Any], config: TrainConfig, precision: str) -> EfficientIDS:
         """See `System.restored`."""
         known = EfficientIDSSpec.from_json(dict(spec))
-        # A run that was trained with cuDNN's attention is asked anywhere; XLA's, once chosen, stays.
-        attention = "xla" if config.attention == "xla" else "auto"
-        return EfficientIDS(known, compute=compute(precision, attention=attention), init=llama_init(config))
+        return EfficientIDS(known, compute=restored_compute(config, precision), init=llama_init(config))
 
 
 SYSTEMS: dict[str, base.System] = {"efficientids": EfficientIDSSystem()}
@@ -227,14 +226,7 @@ def _head(config: TrainConfig, num_items: int) -> dict[str, Any]:
 
 
 def _tokenizer(config: TrainConfig) -> Path | None:
-    """The file to read titles with; None: none is needed, or the one that comes with the weights of --llama_size."""
-    if config.item_text == "none" or config.tokenizer is not None:
-        return config.tokenizer
-    if config.weights is not None:
-        return config.weights / "tokenizer.json"
-    if starts_at_random(config):
-        raise UserError("--item_text title needs a tokenizer: give --tokenizer FILE, or --weights with one beside them")
-    return None
+    return config.tokenizer if config.item_text == "none" else text_tokenizer_file(config, "--item_text title")
 
 
 def _check_lengths(config: TrainConfig, llama: LlamaConfig) -> None:

@@ -25,13 +25,13 @@ from efficientids.systems.base import Earlier, Scale
 from efficientids.systems.llama import (
     attention_in_words,
     checked_compute,
-    compute,
     described,
     llama_config,
     llama_init,
     lora_config,
     mode_text,
     resolve_mode,
+    restored_compute,
     starts_at_random,
     training_mode,
 )  # fmt: skip
@@ -128,9 +128,8 @@ class ETEGRecSystem:
 
     def restored(self, spec: Mapping[str, Any], config: TrainConfig, precision: str) -> ETEGRec:
         """See `System.restored`."""
-        attention = "xla" if config.attention == "xla" else "auto"
-        made = compute(precision, attention=attention)
-        return ETEGRec(ETEGRecSpec.from_json(dict(spec)), compute=made, init=llama_init(config))
+        known = ETEGRecSpec.from_json(dict(spec))
+        return ETEGRec(known, compute=restored_compute(config, precision), init=llama_init(config))
 
 
 SYSTEMS: dict[str, base.System] = {"etegrec": ETEGRecSystem()}

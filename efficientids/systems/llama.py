@@ -53,6 +53,21 @@ def starts_at_random(config: TrainConfig) -> bool:
     return config.weights is None and (LLAMA_SIZES[config.llama_size].hf_id is None or config.random_weights)
 
 
+def text_tokenizer_file(config: TrainConfig, what: str) -> Path | None:
+    """The tokenizer.json to read texts with; None: the one that comes with the weights of --llama_size.
+
+    Raises:
+        UserError: there is none for `what`, a flag.
+    """
+    if config.tokenizer is not None:
+        return config.tokenizer
+    if config.weights is not None:
+        return config.weights / "tokenizer.json"
+    if starts_at_random(config):
+        raise UserError(f"{what} needs a tokenizer: give --tokenizer FILE, or --weights with one beside them")
+    return None
+
+
 def training_mode(config: TrainConfig, llama: LlamaConfig) -> tuple[str, str]:
     """What `--train` comes to (frozen, lora or full), and why.
 
@@ -142,6 +157,11 @@ def described(config: TrainConfig, llama: LlamaConfig) -> str:
 def compute(precision: str, remat: str = "none", **more: Any) -> Compute:
     """How the Llama computes under `--precision` (resolved) and `--gradient_checkpointing`; `more`: other fields."""
     return Compute(jnp.bfloat16 if precision == "bfloat16" else jnp.float32, remat, **more)
+
+
+def restored_compute(config: TrainConfig, precision: str) -> Compute:
+    """How a trained run's Llama computes: one that trained with cuDNN's attention is asked anywhere; XLA's stays."""
+    return compute(precision, attention="xla" if config.attention == "xla" else "auto")
 
 
 def checked_compute(config: TrainConfig, llama: LlamaConfig, **more: Any) -> Compute:

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from tokenizers import Tokenizer as TextTokenizer
 
 from core.code_sequences import Template
 from core.config import LlamaConfig
@@ -15,12 +14,13 @@ from core.rqvae import RQVAEConfig
 from core.semantic_ids import version_name
 from efficientids import processes
 from efficientids.data.dataset import Dataset
-from efficientids.data.texts.tokens import start_token
+from efficientids.data.texts.tokens import check_vocabulary, start_token
+from efficientids.data.texts.tokens import open_tokenizer as text_tokenizer
 from efficientids.errors import UserError
 from efficientids.options import TrainConfig
 from efficientids.recommenders.etegrec_model import Contents
 from efficientids.systems.base import Earlier
-from efficientids.systems.llama import starts_at_random, weights_folder
+from efficientids.systems.llama import text_tokenizer_file, weights_folder
 from efficientids.tokenizing.making import make_tokenizer
 from efficientids.tokenizing.settings import TokenizerSettings
 from efficientids.tokenizing.tokenizer import Tokenizer, open_tokenizer
@@ -100,25 +100,15 @@ def prompt_template(config: TrainConfig, llama: LlamaConfig) -> Template | None:
         return None
     if config.prompt.count(_HISTORY) != 1:
         raise UserError(f"--prompt {config.prompt!r}: say once where the history stands, with {_HISTORY}")
-    if config.tokenizer is None and starts_at_random(config):
-        raise UserError("--prompt needs a tokenizer: give --tokenizer FILE, or --weights with one beside them")
-    file = config.tokenizer or weights_folder(config) / "tokenizer.json"
+    file = text_tokenizer_file(config, "--prompt") or weights_folder(config) / "tokenizer.json"
     prefix, suffix = _tokens(file, *config.prompt.split(_HISTORY))
-    largest = max(*prefix, *suffix, 0)
-    if largest >= llama.vocab_size:
-        raise UserError(
-            f"--tokenizer {file}: token id {largest}, the Llama's vocabulary has {llama.vocab_size}; use the tokenizer "
-            "that belongs to the weights"
-        )
+    check_vocabulary(file, max(*prefix, *suffix, 0), llama.vocab_size)
     return Template(prefix, suffix)
 
 
 @functools.cache
 def _tokens(file: Path, before: str, after: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    try:
-        encoder = TextTokenizer.from_file(str(file))
-    except Exception as error:  # the library raises a bare Exception for a missing or malformed file
-        raise UserError(f"--tokenizer {file} cannot be read: {error}") from error
+    encoder = text_tokenizer(file)
     texts = (text.strip() for text in (before, after))
     prefix, suffix = (encoder.encode(text, add_special_tokens=False).ids if text else [] for text in texts)
     return (start_token(encoder, file), *prefix), tuple(suffix)

@@ -177,7 +177,8 @@ def open_tokenizer(path: str | Path, dataset: Dataset | None, flag: str = "--sem
         method, files, widths = described["method"], dict(described["files"]), described["source_widths"]
         if method not in get_args(Method) or (method == "rqvae") != (described["rqvae"] is not None):
             raise ValueError(f"method {method!r}, rqvae {described['rqvae']}")
-        rqvae = _rqvae_config(described["rqvae"])
+        shape = described["rqvae"]
+        rqvae = None if shape is None else RQVAEConfig.from_json(shape)
         version, items = described["version"], described["items_sha256"]
         settings, metrics = dict(described["settings"]), dict(described["metrics"])
     except (KeyError, TypeError, ValueError) as error:
@@ -243,13 +244,6 @@ def _description(path: Path, flag: str) -> dict[str, Any]:
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{file}: no description of a tokenizer that this program reads ({error!r})") from error
     return described
-
-
-def _rqvae_config(values: Mapping[str, Any] | None) -> RQVAEConfig | None:
-    if values is None:
-        return None
-    tuples = {name: tuple(values[name]) for name in ("level_sizes", "hidden_sizes")}
-    return RQVAEConfig(**{**values, **tuples})
 
 
 def _with_parameters(tokenizer: Tokenizer, rqvae: RQVAEConfig | None, widths: tuple[int, ...]) -> Tokenizer:

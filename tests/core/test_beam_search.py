@@ -152,10 +152,19 @@ def test_codes_follow_their_parents() -> None:
         assert scores[0] > scores[1]
 
 
+def test_more_results_than_beams_are_the_last_beams_other_items() -> None:
+    """Of one beam, the items below the best prefix; none else."""
+    codes, tables = unique_codes(SIZES, 60), Tables(5)
+    for row, (scores, items) in enumerate(results(tables, build(codes, SIZES), k=4, beams=1)):
+        expected = tables.plain(row, codes, 1, 4, set())
+        assert items.tolist() == [item for _, item in expected] + [0] * (4 - len(expected))
+        assert (scores[len(expected) :] == -np.inf).all()
+
+
 def test_bad_requests_are_refused() -> None:
     ids, tables = build(unique_codes(SIZES, 5), SIZES), Tables(0)
     first = jnp.asarray(tables.logits[0])
-    for k, beams in ((5, 4), (0, 4)):
+    for k, beams in ((1, 0), (0, 4)):
         with pytest.raises(ValueError, match=rf"{k} results of {beams} beams"):
             beam_search(ids, first, None, advance, k=k, beams=beams)
     with pytest.raises(ValueError, match="'all': choose alphabet or children"):

@@ -42,10 +42,7 @@ def title_table(
             vocabulary.
     """
     template.check(items, source)
-    try:
-        encoder = Tokenizer.from_file(str(tokenizer))
-    except Exception as error:  # the library raises a bare Exception for a missing or malformed file
-        raise UserError(f"--tokenizer {tokenizer} cannot be read: {error}") from error
+    encoder = open_tokenizer(tokenizer)
     # Settings of the file for another use: here texts are cut and padded by us, and "</s>" in a title is just text.
     encoder.no_truncation()
     encoder.no_padding()
@@ -57,13 +54,25 @@ def title_table(
 
     tokens, offsets = tokenised(texts, len(items), tokenizer, encoder)
     table = _table(tokens, offsets, max_tokens)
-    largest = max(int(np.max(table)), bos)
+    check_vocabulary(tokenizer, max(int(np.max(table)), bos), vocab_size)
+    return table, bos
+
+
+def open_tokenizer(file: Path) -> Tokenizer:
+    """A tokenizer.json. Raises UserError for a file that is missing or none."""
+    try:
+        return Tokenizer.from_file(str(file))
+    except Exception as error:  # the library raises a bare Exception for a missing or malformed file
+        raise UserError(f"--tokenizer {file} cannot be read: {error}") from error
+
+
+def check_vocabulary(tokenizer: Path, largest: int, vocab_size: int) -> None:
+    """Refuses a tokenizer whose token id `largest` a Llama with `vocab_size` tokens does not have. Raises UserError."""
     if largest >= vocab_size:
         raise UserError(
             f"--tokenizer {tokenizer}: token id {largest}, the Llama's vocabulary has {vocab_size}; "
             "use the tokenizer that belongs to the weights"
         )
-    return table, bos
 
 
 def _table(tokens: np.ndarray, offsets: np.ndarray, max_tokens: int) -> np.ndarray:
