@@ -1,15 +1,18 @@
-"""ETEGRec's two alignments of a recommender with its tokenizer (arXiv 2409.05546, § 3.3).
+"""ETEGRec's two alignments of a recommender with its tokenizer (arXiv 2409.05546, § 3.3), and where they are taken.
+
+The released code makes a row of every prefix of a history. Here a history is one row, so its prefixes' ends are
+*anchors*: what a row has at once are the negatives that small batches lack.
 
 Both give (Σ over rows, number of rows), what is minimised being the quotient. Rows of a mesh's devices are one array
 here, so the negatives of `psa_loss` are those of the whole (micro-)batch, wherever its rows lie.
 
-Legend: B rows, K codes of a level, E width.
+Legend: B rows, H history items, A anchors, K codes of a level, E width.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal, get_args
+from typing import Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +21,46 @@ from jax import Array
 from core.layers import unit
 
 SIASign = Literal["paper", "released"]
+
+
+MAX_ANCHORS = 512
+"""Anchors of a batch, if it has no more rows: similarities grow with their square."""
+
+
+class Anchors(NamedTuple):
+    """Items that are predicted from what stands before them, each item once.
+
+    rows, places, items int32 [A]: where each stands in its batch [B, H], and what it is. kept bool [A]: the others are
+    padding, or an earlier anchor has their item.
+    """
+
+    rows: Array
+    places: Array
+    items: Array
+    kept: Array
+
+
+def anchors(item_ids_BH: Array, lengths_B: Array, *, last_alone: bool) -> Anchors:
+    """The newest items of every row, A = `MAX_ANCHORS` of them or fewer; never its first one, which has no history.
+
+    Args:
+        item_ids_BH: int, right-padded; lengths_B: items a row.
+        last_alone: the newest item of each row, A = B.
+    """
+    batch, history = item_ids_BH.shape
+    if last_alone:
+        rows_A = jnp.arange(batch)
+        places_A = jnp.maximum(lengths_B - 1, 0)
+    else:
+        age_BH = lengths_B[:, None] - 1 - jnp.arange(history)
+        real_BH = (age_BH >= 0) & (jnp.arange(history) > 0)
+        count = min(batch * history, max(batch, MAX_ANCHORS))
+        _, flat_A = jax.lax.top_k(jnp.where(real_BH, -age_BH, -history).ravel(), count)
+        rows_A, places_A = flat_A // history, flat_A % history
+    items_A = item_ids_BH[rows_A, places_A]
+    real_A = (places_A > 0) & (places_A < lengths_B[rows_A])
+    kept_A = first_occurrences(jnp.where(real_A, items_A, 0))
+    return Anchors(rows_A.astype(jnp.int32), places_A.astype(jnp.int32), items_A.astype(jnp.int32), kept_A)
 
 
 def first_occurrences(item_ids_B: Array) -> Array:

@@ -240,7 +240,8 @@ class SemanticIDOptions:
     kl_loss: float = 1e-4
     """Weight of sequence-item alignment."""
     dec_cl_loss: float = 3e-4
-    """Weight of preference-semantic alignment; its negatives are the other targets of a micro-batch, on all devices."""
+    """Weight of preference-semantic alignment; its negatives are the other items that a micro-batch, on all devices,
+    is asked for."""
     sia_sign: Literal["paper", "released"] = "paper"
     """Softmax over negative distances, or over distances as the released code has it."""
     targets: Literal["all", "last"] = "all"

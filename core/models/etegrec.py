@@ -169,6 +169,17 @@ class LlamaETEGRecModel(nnx.Module):
         """The hidden state that stands for each history, before its target's first code: [B, D]."""
         return jnp.take_along_axis(hidden_BTD, sequence.state[:, None, None], axis=1)[:, 0]
 
+    def state_before(self, hidden_BTD: Array, sequence: CodeSequence, rows_A: Array, items_A: Array) -> Array:
+        """The hidden states from which items' first codes are predicted: [A, D].
+
+        Args:
+            hidden_BTD: `hidden(sequence)`.
+            rows_A, items_A: int [A], a row each, and which of its items (from 0) that are in the sequence.
+        """
+        first_BT = (_next(sequence.levels) == 0) & (jnp.arange(hidden_BTD.shape[1]) + 1 < sequence.lengths[:, None])
+        here_AT = first_BT[rows_A] & (_next(sequence.items)[rows_A] == items_A[:, None])
+        return hidden_BTD[rows_A, jnp.argmax(here_AT, axis=1)]
+
     def logits(self, hidden: Array, level: int) -> Array:
         """Hidden states [..., D] before a code of `level` → float32 logits [..., K_l]."""
         # In float32 whatever the Llama computes in: rounded scores would tie.

@@ -3,7 +3,7 @@
 Codes of histories and of targets are looked up on the device, in the one code table that the model holds: nothing that
 is trained on, searched or saved can be of another version than the rest.
 
-Legend: B rows, H history items, N items, I width of an item vector, L levels (the suffix level's last).
+Legend: B rows, H history items, A anchors, N items, I width of an item vector, L levels (the suffix level's last).
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from core.alignment import first_occurrences, psa_loss, sia_loss
+from core.alignment import Anchors, anchors, psa_loss, sia_loss
 from core.code_sequences import CodeSequence, lay_out
 from core.code_tables import build
 from core.layers import Init
@@ -199,10 +199,12 @@ class ETEGRec:
         return lay_out(codes_BHL, lengths_B, self.spec.model.template, with_target=with_target)
 
     def _code_loss(self, model: ETEGRecModel, batch: Batch, key: jax.Array, step: jax.Array) -> LossSum:
-        return self._codes_and_state(model, batch, key)[0]
+        return self._codes_and_states(model, batch, key, None)[0]
 
-    def _codes_and_state(self, model: ETEGRecModel, batch: Batch, key: jax.Array | None) -> tuple[LossSum, jax.Array]:
-        """The code loss, and each history's state [B, D]."""
+    def _codes_and_states(
+        self, model: ETEGRecModel, batch: Batch, key: jax.Array | None, at: Anchors | None
+    ) -> tuple[LossSum, jax.Array | None]:
+        """The code loss, and the states from which anchors are predicted [A, D]."""
         assert self._turns is not None
         ids_BH, lengths_B = batch["item_ids"], batch["lengths"]
         sequence = self.sequence(model, ids_BH, lengths_B, with_target=True)
@@ -216,47 +218,58 @@ class ETEGRec:
         names = [f"code{level + 1}_loss" for level in range(len(self.spec.model.level_sizes))]
         metrics = dict(zip(names, zip(found.totals_L, found.weights_L, strict=True), strict=True))
         loss = LossSum(found.totals_L.sum(), found.weights_L.sum(), weights_BH.sum(), metrics)
-        return loss, model.state(hidden_BTD, sequence)
+        return loss, None if at is None else model.state_before(hidden_BTD, sequence, at.rows, at.places)
+
+    def _anchors(self, batch: Batch) -> Anchors:
+        """Where tokenizer and recommender are aligned: at every supervised item, each item once.
+
+        Behind a template's suffix stands the last one alone, and there the states are read.
+        """
+        assert self._turns is not None
+        template = self.spec.model.template
+        last_alone = self._turns.targets == "last" or (template is not None and bool(template.suffix))
+        return anchors(batch["item_ids"], batch["lengths"], last_alone=last_alone)
 
     def _recommender_loss(self, model: ETEGRecModel, batch: Batch, key: jax.Array, step: jax.Array) -> LossSum:
         turns = self._turns
         assert turns is not None
-        codes, state_BD = self._codes_and_state(model, batch, key)
+        at = None if model.tokenizer is None else self._anchors(batch)
+        codes, states_AD = self._codes_and_states(model, batch, key, at)
         codes = codes._replace(metrics={**codes.metrics, "code_loss": (codes.total, codes.weight)})
         codes = codes._replace(total=turns.code_loss * codes.total)
-        if model.tokenizer is None:
+        if at is None or states_AD is None:
             return codes
-        return self._with_alignment(codes, model, batch, state_BD, step >= turns.aligned_from)
+        return self._with_alignment(codes, model, at, states_AD, step >= turns.aligned_from)
 
     def _tokenizer_loss(self, model: ETEGRecModel, batch: Batch, key: jax.Array, step: jax.Array) -> LossSum:
-        """Reconstruction and quantisation of the targets, each once, and both alignments."""
+        """Reconstruction and quantisation of the anchors' items, each once, and both alignments."""
         turns = self._turns
         assert turns is not None and model.tokenizer is not None and model.vectors_NI is not None
         sequence = self.sequence(model, batch["item_ids"], batch["lengths"], with_target=True)
-        state_BD = jax.lax.stop_gradient(model.state(model.hidden(sequence, None), sequence))
-        target_B = _last(batch)
-        weights_B = first_occurrences(target_B).astype(jnp.float32)
-        found = model.tokenizer(model.vectors_NI[...][target_B])
+        at = self._anchors(batch)
+        states_AD = model.state_before(model.hidden(sequence, None), sequence, at.rows, at.places)
+        states_AD = jax.lax.stop_gradient(states_AD)
+        weights_A = at.kept.astype(jnp.float32)
+        found = model.tokenizer(model.vectors_NI[...][at.items])
         parts = {"reconstruction_loss": found.reconstruction_loss_B, "quantization_loss": found.quantization_loss_B}
-        count = weights_B.sum()
-        metrics = {name: ((part_B * weights_B).sum(), count) for name, part_B in parts.items()}
-        own = LossSum((found.loss_B * weights_B).sum(), count, weights_B.sum(), metrics)
+        count = weights_A.sum()
+        metrics = {name: ((part_A * weights_A).sum(), count) for name, part_A in parts.items()}
+        own = LossSum((found.loss_B * weights_A).sum(), count, count, metrics)
         from_step = turns.aligned_from * turns.tokenizer_steps // max(turns.recommender_steps, 1)
-        return self._with_alignment(own, model, batch, state_BD, step >= from_step)
+        return self._with_alignment(own, model, at, states_AD, step >= from_step)
 
     def _with_alignment(
-        self, loss: LossSum, model: ETEGRecModel, batch: Batch, state_BD: jax.Array, on: jax.Array
+        self, loss: LossSum, model: ETEGRecModel, at: Anchors, states_AD: jax.Array, on: jax.Array
     ) -> LossSum:
-        """The loss with both alignments' means beside its own mean; targets that repeat count once."""
+        """The loss with both alignments' means beside its own mean; an item of several anchors counts once."""
         turns, tokenizer = self._turns, model.tokenizer
         assert turns is not None and tokenizer is not None and model.vectors_NI is not None
         assert model.enc_adapter is not None and model.dec_adapter is not None
-        target_B, state_BD = _last(batch), state_BD.astype(jnp.float32)
-        rows_B = first_occurrences(target_B)
-        item = tokenizer(model.vectors_NI[...][target_B])
-        preferred = tokenizer.quantizer.quantize(model.enc_adapter(state_BD))
-        sia = sia_loss(preferred.distances, item.quantized.distances, rows_B, turns.sia_sign)
-        psa = psa_loss(model.dec_adapter(state_BD), item.reconstruction_BI, rows_B)
+        states_AD = states_AD.astype(jnp.float32)
+        item = tokenizer(model.vectors_NI[...][at.items])
+        preferred = tokenizer.quantizer.quantize(model.enc_adapter(states_AD))
+        sia = sia_loss(preferred.distances, item.quantized.distances, at.kept, turns.sia_sign)
+        psa = psa_loss(model.dec_adapter(states_AD), item.reconstruction_BI, at.kept)
         total = loss.total
         for weight, (part, count) in ((turns.kl_loss, sia), (turns.dec_cl_loss, psa)):
             total += jnp.where(on, weight, 0.0) * part / jnp.maximum(count, 1.0) * loss.weight
@@ -270,12 +283,6 @@ def _is_table_of_words(path: tuple[Any, ...], _: Any) -> bool:
 
 def _is_alignment(path: tuple[Any, ...], _: Any) -> bool:
     return bool(path) and path[0] in ("enc_adapter", "dec_adapter")
-
-
-def _last(batch: Batch) -> jax.Array:
-    """The target of each row: its last item [B]; 0 for an empty row."""
-    place_B1 = jnp.maximum(batch["lengths"] - 1, 0)[:, None]
-    return jnp.take_along_axis(batch["item_ids"], place_B1, axis=1)[:, 0]
 
 
 @functools.partial(jax.jit, static_argnums=0)

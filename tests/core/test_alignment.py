@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from core.alignment import SIASign, first_occurrences, psa_loss, sia_loss
+from core import alignment
+from core.alignment import SIASign, anchors, first_occurrences, psa_loss, sia_loss
 from core.sharding import MeshShape, make_mesh, rows
 
 BATCH = 12
@@ -52,6 +53,22 @@ def _psa_by_row(a_BE: jax.Array, b_BE: jax.Array, kept: list[int], temperature: 
             cosines = [float(x @ y) / math.sqrt(float(x @ x) * float(y @ y)) for y in other]
             total -= math.log(_softmax([c / temperature for c in cosines])[i])
     return total
+
+
+def test_anchors_are_the_items_that_have_something_before_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    item_ids = jnp.array([[4, 9, 2, 9], [6, 2, 0, 0], [3, 0, 0, 0], [0, 0, 0, 0]])
+    lengths = jnp.array([4, 2, 1, 0])
+    found = anchors(item_ids, lengths, last_alone=False)
+    assert found.rows.shape == (16,)
+    # The newest of each row first; 9 and 2 stand twice and count where they come first.
+    kept = np.asarray(found.kept)
+    shown = [x[kept].tolist() for x in map(np.asarray, (found.rows, found.places, found.items))]
+    assert shown == [[0, 1], [3, 1], [9, 2]]
+    last = anchors(item_ids, lengths, last_alone=True)
+    assert last.items[:2].tolist() == [9, 2] and last.kept.tolist() == [True, True, False, False]
+    monkeypatch.setattr(alignment, "MAX_ANCHORS", 5)
+    few = anchors(item_ids[:2], lengths[:2], last_alone=False)
+    assert few.places.shape == (5,) and few.places[:4].tolist() == [3, 1, 2, 1]
 
 
 def test_first_occurrences() -> None:

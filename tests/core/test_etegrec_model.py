@@ -205,6 +205,19 @@ def test_state_and_adapters() -> None:
     assert make().enc_adapter is None
 
 
+@pytest.mark.parametrize("template", [None, TEXT])
+def test_the_state_before_an_item_is_that_of_the_history_before_it(template: Template | None) -> None:
+    model, sequence = make(template), sequences(template)
+    hidden = jitted(model, LlamaETEGRecModel.hidden)(sequence)
+    rows, places = jnp.array([0, 1, 2]), jnp.asarray(LENGTHS) - 1
+    last = model.state_before(hidden, sequence, rows, places)
+    np.testing.assert_array_equal(last, model.state(hidden, sequence))
+    if template is None:
+        shorter = lay_out(IDS.codes_of(jnp.asarray(HISTORIES[:1, :3])), jnp.array([3]), None, with_target=True)
+        earlier = model.state_before(hidden, sequence, jnp.array([0]), jnp.array([2]))
+        np.testing.assert_allclose(earlier, model.state(model.hidden(shorter), shorter), atol=1e-5)
+
+
 def test_tables_may_be_shared_and_must_fit() -> None:
     shared = nnx.Param(jnp.ones((5, 8)))
     config = ETEGRecConfig(LLAMA, SIZES, code_dim=8)
