@@ -9,7 +9,6 @@ Legend: B batch, H history items, L levels, T positions.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax.numpy as jnp
@@ -93,35 +92,4 @@ def lay_out(codes_BHL: Array, lengths_B: Array, template: Template | None, *, wi
         lengths=(before + lengths_B * levels + between).astype(jnp.int32),
         state=state_B.astype(jnp.int32),
         text=None if template is None else jnp.where(is_text_BT, text_BT, 0).astype(jnp.int32),
-    )
-
-
-def from_token_ids(
-    ids_BT: Array, lengths_B: Array, state_B: Array, scid_token_start: int, level_sizes: Sequence[int]
-) -> CodeSequence:
-    """Text and codes in one row of ids: below `scid_token_start` tokens, from there on level after level of codes.
-
-    Code c of level l is the id `scid_token_start` + K_0 + … + K_{l−1} + c.
-
-    Args:
-        ids_BT: int [B, T], right-padded; ids beyond the last level's clamp to its last code.
-        lengths_B: real positions.
-        state_B: position of the separator behind the history.
-    """
-    ends = jnp.cumsum(jnp.asarray(level_sizes, jnp.int32))
-    offset_BT = jnp.clip(ids_BT - scid_token_start, 0, ends[-1] - 1)
-    level_BT = jnp.searchsorted(ends, offset_BT, side="right").astype(jnp.int32)
-    real_BT = jnp.arange(ids_BT.shape[1]) < lengths_B[:, None]
-    is_code_BT = real_BT & (ids_BT >= scid_token_start)
-    levels_BT = jnp.where(is_code_BT, level_BT, jnp.where(real_BT, TEXT, BEGIN))
-    first_BT = ends[level_BT] - jnp.asarray(level_sizes, jnp.int32)[level_BT]
-    # An item begins where a code of the first level stands.
-    item_BT = jnp.cumsum(is_code_BT & (level_BT == 0), axis=1) - 1
-    return CodeSequence(
-        codes=jnp.where(is_code_BT, offset_BT - first_BT, 0).astype(jnp.int32),
-        levels=levels_BT.astype(jnp.int32),
-        items=jnp.where(is_code_BT, item_BT, -1).astype(jnp.int32),
-        lengths=lengths_B.astype(jnp.int32),
-        state=state_B.astype(jnp.int32),
-        text=jnp.where(real_BT & ~is_code_BT, ids_BT, 0).astype(jnp.int32),
     )

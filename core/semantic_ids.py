@@ -188,17 +188,3 @@ class SemanticIDs(nnx.Module):
 def version_name(version: Any) -> str:
     """A version as 16 hexadecimal digits."""
     return "".join(f"{int(part):08x}" for part in np.asarray(version))
-
-
-def check_version(ids: SemanticIDs, version: Any, what: str) -> None:
-    """Refuses `what` (histories, labels, a file), whose codes come from a table of `version` (uint32 [2]).
-
-    Raises:
-        ValueError: it is not that of `ids`.
-    """
-    given, mine = version_name(version), version_name(ids.version[...])
-    if given != mine:
-        raise ValueError(
-            f"{what}: its codes are of version {given}, the code table and its trie of {mine}; encode it again with "
-            "this table, or load the checkpoint that it was made with"
-        )

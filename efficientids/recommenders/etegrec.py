@@ -76,7 +76,8 @@ class ETEGRec:
     @property
     def history(self) -> str:
         """What of a history the model looks at, and how it searches: part of the evaluation protocol."""
-        return f"newest {self.max_items} items; {self.spec.beams} beams"
+        among = "all of a level" if self.spec.normalise == "alphabet" else "those that lead to an item"
+        return f"newest {self.max_items} items; {self.spec.beams} beams, codes scored among {among}"
 
     def init(self, key: jax.Array) -> ETEGRecModel:
         """The whole system at its start, but for what `filled` puts there."""

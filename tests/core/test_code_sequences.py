@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from core.code_sequences import BEGIN, TEXT, CodeSequence, Template, from_token_ids, lay_out
+from core.code_sequences import BEGIN, TEXT, Template, lay_out
 
 SIZES = (5, 4, 3)
 LENGTHS = [3, 1, 0, 4]
@@ -52,17 +52,6 @@ def test_a_row_without_its_target_is_the_row_before_it() -> None:
     seen = np.arange(whole.codes.shape[1]) <= np.asarray(whole.state)[:, None]
     for field in ("codes", "levels", "items", "text"):
         np.testing.assert_array_equal(np.asarray(getattr(whole, field))[seen], np.asarray(getattr(asked, field))[seen])
-
-
-def test_token_ids_say_the_same() -> None:
-    template, start = TEMPLATES[2], 100
-    expected = laid_out(CODES, jnp.array(LENGTHS), template, with_target=True)
-    first = np.array([0, *np.cumsum(SIZES)])[np.asarray(expected.levels)]
-    ids = np.where(expected.levels >= 0, start + first + expected.codes, expected.text)
-    read = jax.jit(from_token_ids, static_argnums=(3, 4))
-    found = read(ids, expected.lengths, expected.state, start, SIZES)
-    for field in CodeSequence._fields:
-        np.testing.assert_array_equal(getattr(found, field), getattr(expected, field), err_msg=field)
 
 
 def test_a_template_needs_a_prefix() -> None:

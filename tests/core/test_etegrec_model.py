@@ -11,7 +11,8 @@ import pytest
 from flax import nnx
 
 from core import rows, sharding
-from core.code_sequences import CodeSequence, Template, from_token_ids, lay_out
+from core.code_sequences import BEGIN, CodeSequence, Template, lay_out
+from core.code_sequences import TEXT as TEXT_LEVEL
 from core.code_tables import build
 from core.config import TINY
 from core.layers import Init
@@ -188,9 +189,10 @@ def test_a_reindexed_catalogue_gives_new_codes_without_compiling() -> None:
 def test_a_template_is_needed_where_the_model_has_one() -> None:
     with pytest.raises(ValueError, match="made with a template: lay its histories out with it"):
         make(TEXT).embed(sequences(None))
-    plain, ids = make(), jnp.array([[3, 40, 41, 39]])  # text in a model that has a begin vector: its Llama's row
-    x_BTD = plain.embed(from_token_ids(ids, jnp.array([3]), jnp.array([0]), 40, SIZES))
-    np.testing.assert_array_equal(x_BTD[0, [0, 3]], jnp.stack([plain.llama.embed_VD[3], plain.begin_D[...]]))
+    plain = make()  # text in a model that has a begin vector: its Llama's row; the begin vector elsewhere
+    none = jnp.zeros((1, 2), jnp.int32)
+    text = CodeSequence(none, jnp.array([[TEXT_LEVEL, BEGIN]]), none - 1, jnp.array([1]), jnp.array([0]), none + 3)
+    np.testing.assert_array_equal(plain.embed(text)[0], jnp.stack([plain.llama.embed_VD[3], plain.begin_D[...]]))
 
 
 def test_state_and_adapters() -> None:
