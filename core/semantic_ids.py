@@ -160,10 +160,12 @@ class SemanticIDs(nnx.Module):
         for level, (size, nodes) in enumerate(zip(self.shape.level_sizes, path, strict=False)):
             flat_T1 = nodes.reshape(-1, 1)
             codes_Tw, children_Tw = (x[:, 0] for x in self.step(level, flat_T1))
-            rows_T1 = jnp.arange(flat_T1.shape[0])[:, None]
-            # Where there is no such child, its code would fall out of the alphabet and is dropped.
-            codes_Tw = jnp.where(children_Tw >= 0, codes_Tw, size)
-            real_TK = jnp.zeros((flat_T1.shape[0], size), bool).at[rows_T1, codes_Tw].set(True, mode="drop")
+            real_TK = children_Tw >= 0
+            if level >= self.shape.dense_levels:  # where children stand by their number, not by their code
+                rows_T1 = jnp.arange(flat_T1.shape[0])[:, None]
+                # Where there is no such child, its code falls out of the alphabet and is dropped.
+                codes_Tw = jnp.where(real_TK, codes_Tw, size)
+                real_TK = jnp.zeros((flat_T1.shape[0], size), bool).at[rows_T1, codes_Tw].set(True, mode="drop")
             found.append((real_TK | (flat_T1 < 0)).reshape(*item_ids.shape, size))
         return found
 
