@@ -61,9 +61,15 @@ part run-1b 200 python train_llama.py --llama_size 1b --random_weights --freeze_
   --seq_len 512 --log_every 20 --checkpoint_dir "$out/run-1b"
 # Semantic IDs against Hugging Face's generate, and the trie's cost a step.
 part generate 300 python benchmarks/generate.py --json "$out/generate.json"
-# ETEGRec whole, where a prepared Beauty'14 lies in a folder that git ignores (the lent machine has no data).
-if [ -d benchmarks/data/beauty14 ]; then
-  part etegrec-beauty 560 python train_llama.py --config configs/etegrec_amazon.yaml \
-    --data_dir benchmarks/data/beauty14 --checkpoint_dir "$out/etegrec-beauty"
-fi
+# ETEGRec whole, where prepared sets and their tokenizers (configs/etegrec_amazon.yaml says how they are made) lie in a
+# folder that git ignores: the lent machine has no data. A run that was cut off leaves its folder; the next has its own.
+for set in beauty14 instruments18; do
+  for seed in 0 1 2; do
+    if [ -d "benchmarks/data/$set" ]; then
+      part "etegrec-$set-$seed" 560 python train_llama.py --config configs/etegrec_amazon.yaml --seed "$seed" \
+        --data_dir "benchmarks/data/$set" --semantic_ids "benchmarks/data/$set-ids" \
+        --checkpoint_dir "$out/etegrec-$set-$seed-$(date +%s)"
+    fi
+  done
+done
 [ "$failures" -eq 0 ]
