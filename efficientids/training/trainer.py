@@ -12,6 +12,7 @@ import jax
 from flax import nnx
 from jax.sharding import Mesh
 
+from core import sharding
 from efficientids.checkpoints import BEST_METRIC, Writer, writer
 from efficientids.errors import UserError
 from efficientids.log import RunLog
@@ -222,7 +223,14 @@ class _Loop:
         return done % self._options.eval_every == 0 or done == self._turn.total
 
     def _ended(self, model: nnx.Module) -> nnx.Module:
-        return model if self._phase.on_end is None else self._phase.on_end(model)
+        """The model after the turn, where it lay before: what `on_end` makes on the host lies on one device alone."""
+        if self._phase.on_end is None:
+            return model
+        ended, mesh = self._phase.on_end(model), self._options.mesh
+        if mesh is None:
+            return ended
+        graphdef, state = nnx.split(ended)
+        return nnx.merge(graphdef, sharding.place(state, mesh))
 
     def _read(self, step: int, metrics: dict[str, jax.Array], input_wait: float) -> None:
         """Logs a step; `input_wait` is the share of its time that went into waiting for the batch."""

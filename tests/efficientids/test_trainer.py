@@ -18,6 +18,7 @@ import pytest
 from flax import nnx
 
 from core.functional import Buffer
+from core.sharding import MeshShape, make_mesh
 from efficientids import checkpoints
 from efficientids.errors import UserError
 from efficientids.log import RunLog
@@ -253,6 +254,8 @@ class InTurns(ToySystem):
 
     repeats: int = 3
     last: Any = None
+    on_end: Callable[[Any], Any] = counted
+    validated: bool = False
 
     def plan(self) -> Sequence[Phase | Cycle]:
         (one,) = ToySystem(num_steps=2, batches=self.batches).plan()
@@ -265,7 +268,7 @@ class InTurns(ToySystem):
             found = toy_loss(SimpleNamespace(w=model.v), batch, key, step)  # type: ignore[arg-type]
             return found._replace(metrics={"turns": (model.turns[...] + 0.0, jnp.ones(())), "at": (step + 0.0, 1.0)})
 
-        w = part("w", toy_loss, validated=False, on_end=counted)
+        w = part("w", toy_loss, validated=self.validated, on_end=self.on_end)
         cycle = Cycle([w, part("v", loss_of_v)], self.repeats)
         return [cycle] if self.last is None else [cycle, part("w", toy_loss, start_from=self.last)]
 
@@ -294,6 +297,24 @@ def test_in_a_cycle_each_phase_goes_on_where_it_stopped(tmp_path: Path) -> None:
     assert [row["turns"] for row in of_v] == [1, 1, 2, 2, 3, 3]  # what `on_end` put there
     assert [row["step"] for row in rows(run, "validation")] == [4, 8, 12]
     assert alone.num_steps == 6 and len({row["learning_rate"] for row in of_v}) == 6
+
+
+def test_what_the_end_of_a_turn_makes_lies_on_the_mesh(tmp_path: Path) -> None:
+    """Buffers that are made on the host, as a code table is, are placed before anyone validates or saves them."""
+    mesh, found = make_mesh(MeshShape(data=2)), []
+
+    def host_made(model: TwoParts) -> TwoParts:
+        nnx.update(model, nnx.State({"turns": Buffer(jnp.asarray(np.int32(7)))}))
+        return model
+
+    def validate(model: Any) -> dict[str, float]:
+        found.append([leaf.sharding for leaf in jax.tree.leaves(nnx.state(model))])
+        return {"ndcg@10": 0.0}
+
+    run_in_turns(tmp_path / "run", InTurns(on_end=host_made, validated=True), validate, mesh=mesh)
+    assert len(found) == 6
+    for layout in found:
+        assert [one.device_set for one in layout] == [set(mesh.devices.flat)] * 3
 
 
 def test_a_cycle_is_compiled_once(tmp_path: Path) -> None:
