@@ -4,6 +4,7 @@ to whoever follows the run (TensorBoard, trackers, the report). What libraries s
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
 import math
@@ -39,6 +40,7 @@ class RunLog:
         self._sums: dict[str, float] = {}
         self._targets, self._steps, self._since = 0.0, 0, time.perf_counter()
         self._left_over = 0
+        self._unreported: Callable[[], None] | None = None
         self._trackers: Trackers | None = None
 
     def say(self, text: str) -> None:
@@ -90,8 +92,17 @@ class RunLog:
                 self._sums[name] = self._sums.get(name, 0.0) + value * targets
         self._targets += targets
         self._steps += 1
-        if step % self._every and step != num_steps:
-            return
+        self._unreported = functools.partial(self._report, phase, step, num_steps, epoch, earlier_steps)
+        if step % self._every == 0 or step == num_steps:
+            self.flush()
+
+    def flush(self) -> None:
+        """Reports the steps since the last line, if there are any: at the end of a phase that ends before its last
+        step, whose sums are no part of the next one's."""
+        if self._unreported is not None:
+            self._unreported()
+
+    def _report(self, phase: str, step: int, num_steps: int, epoch: float, earlier_steps: int) -> None:
         seconds = time.perf_counter() - self._since
         means = {name: value / max(self._targets, 1e-9) for name, value in self._sums.items()}
         rate = self._targets / max(seconds, 1e-9)
@@ -112,6 +123,7 @@ class RunLog:
             + f"  ETA {duration(eta)}"
         )
         self._sums, self._targets, self._steps, self._since = {}, 0.0, 0, time.perf_counter()
+        self._unreported = None
 
     @contextmanager
     def untimed(self) -> Iterator[None]:

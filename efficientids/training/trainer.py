@@ -213,6 +213,7 @@ class _Loop:
                     self.ended = due and self._evaluate_and_save(step, model, state)
                 began = time.perf_counter()
                 if self.ended:
+                    self._log.flush()
                     break
         assert model is not None
         return model, state

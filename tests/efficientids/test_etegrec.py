@@ -38,14 +38,10 @@ from efficientids.train import main
 from efficientids.training.gradient_check import FROZEN, NOT_READ, check_gradients
 from efficientids.training.step import build_program
 from tests.conftest import ROOT
+from tests.efficientids.tiny import ETEGREC_JOB as JOB
 from tests.efficientids.tiny import NUM_ITEMS, events, flags
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
-
-JOB: dict[str, Any] = {
-    "recommender": "etegrec", "levels": "6,6", "suffix_size": 32, "code_dim": 8, "max_seq_len": 6, "batch_size": 8,
-    "length_buckets": 1, "pretrain_epochs": 2, "dropout": 0.0, "gradient_checkpointing": "none", "beams": 4,
-}  # fmt: skip
 
 
 def made(dataset: Dataset, **more: Any) -> tuple[ETEGRec, ETEGRecModel, TrainConfig]:

@@ -27,7 +27,7 @@ from efficientids.options import TrainConfig
 from efficientids.planning.mesh import STATE_SHARE, choose_mesh
 from efficientids.train import main
 from tests.conftest import ROOT
-from tests.efficientids.tiny import FROZEN, SMALL_JOB, events, flags
+from tests.efficientids.tiny import ETEGREC_JOB, FROZEN, SMALL_JOB, events, flags
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
@@ -144,17 +144,12 @@ def test_only_tasks_of_a_slurm_step_look_for_sisters(monkeypatch: pytest.MonkeyP
     assert not processes._in_slurm_step()  # the batch script: a step of one task in a job of two
 
 
-@pytest.mark.slow
-def test_two_processes_train_the_run_of_one(
-    trained: Trained, tiny_data: Dataset, tmp_path: Path, weights: Path
-) -> None:
-    """On loopback, two devices each: the same curve, one run folder, and one of them speaks."""
+def by_two_processes(job: list[str]) -> list[tuple[str, str]]:
+    """Runs a job on loopback by two processes of two devices each; (stdout, stderr) of both."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    run = tmp_path / "run"
-    given = flags(data_dir=tiny_data.path, weights=weights, checkpoint_dir=run, log_every=1, **SMALL_JOB)
-    job = [*given, *FROZEN, "--mesh=data=2,fsdp=2", f"--coordinator=127.0.0.1:{port}", "--num_processes=2"]
+    job = [*job, "--mesh=data=2,fsdp=2", f"--coordinator=127.0.0.1:{port}", "--num_processes=2"]
     environment = {
         **os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=2", "JAX_PLATFORMS": "cpu",
     }  # fmt: skip
@@ -171,6 +166,17 @@ def test_two_processes_train_the_run_of_one(
         for process in started:
             process.kill()
     assert [process.returncode for process in started] == [0, 0], said
+    return said
+
+
+@pytest.mark.slow
+def test_two_processes_train_the_run_of_one(
+    trained: Trained, tiny_data: Dataset, tmp_path: Path, weights: Path
+) -> None:
+    """On loopback, two devices each: the same curve, one run folder, and one of them speaks."""
+    run = tmp_path / "run"
+    given = flags(data_dir=tiny_data.path, weights=weights, checkpoint_dir=run, log_every=1, **SMALL_JOB)
+    said = by_two_processes([*given, *FROZEN])
     assert "mesh data=2,fsdp=2" in said[0][0] and "of 2 processes" in said[0][0]
     assert [line for line in said[1][0].splitlines() if "[Gloo]" not in line] == []  # the library greets on stdout
     alone = trained(*FROZEN, "--log_every=1")
@@ -182,6 +188,20 @@ def test_two_processes_train_the_run_of_one(
     loaded, other = open_run(run), open_run(alone, open_run(run).step)
     for path, leaf in nnx.to_flat_state(loaded.params):
         np.testing.assert_allclose(leaf[...], dict(nnx.to_flat_state(other.params))[path][...], atol=1e-4)
+
+
+@pytest.mark.slow
+def test_two_processes_take_turns_with_shared_codebooks(tiny_data: Dataset, tmp_path: Path) -> None:
+    """Codes that each process looked up anew are saved by both, as one table."""
+    run = tmp_path / "run"
+    given = flags(
+        data_dir=tiny_data.path, checkpoint_dir=run, num_steps=2, eval_every=1, recommender_epochs=0.1,
+        tokenizer_epochs=0.1, finetune_epochs=0, **ETEGREC_JOB,
+    )  # fmt: skip
+    by_two_processes([*given, "--tie_to_tokenizer"])
+    assert {row["phase"] for row in events(run, "step")} == {"tokenizer", "recommender"}
+    assert events(run, "reindexed")
+    open_run(run)
 
 
 def test_a_slurm_task_alone_on_its_host_takes_all_its_gpus(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -358,3 +358,15 @@ def test_a_phase_starts_from_the_best_or_the_last(tmp_path: Path, last: str, ste
 def test_patience_ends_a_whole_cycle(tmp_path: Path) -> None:
     run = run_in_turns(tmp_path / "run", InTurns(repeats=9, last="best"), Validator(0.5, 0.4, 0.3, 0.2), patience=2)
     assert [row["step"] for row in rows(run, "validation")] == [4, 8, 12, 14]
+
+
+def test_a_phase_that_ends_early_leaves_nothing_to_the_next_ones_line(tmp_path: Path) -> None:
+    """Lines of three steps; patience ends the first phase after its fourth."""
+    system = ToySystem(num_steps=9, phases=2)
+    run, _ = run_toy(tmp_path / "run", system, Validator(0.5, 0.1, 0.6), log_every=3, patience=1)
+    logged = rows(run, "step")
+    assert [(row["phase"], row["step"]) for row in logged] == [
+        ("part0", 3), ("part0", 4), ("part1", 7), ("part1", 8),
+    ]  # fmt: skip
+    fresh, _ = run_toy(tmp_path / "fresh", ToySystem(num_steps=4), log_every=1, eval_every=4)
+    assert logged[1]["loss"] == pytest.approx(rows(fresh, "step")[3]["loss"])

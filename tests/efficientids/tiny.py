@@ -17,6 +17,10 @@ SMALL_JOB: dict[str, Any] = {
     "num_steps": 4, "batch_size": 8, "seq_len": 8, "eval_every": 2, "learning_rate": 1e-2, "dropout": 0.0,
     "gradient_checkpointing": "none",
 }  # fmt: skip
+ETEGREC_JOB: dict[str, Any] = {
+    "recommender": "etegrec", "levels": "6,6", "suffix_size": 32, "code_dim": 8, "max_seq_len": 6, "batch_size": 8,
+    "length_buckets": 1, "pretrain_epochs": 2, "dropout": 0.0, "gradient_checkpointing": "none", "beams": 4,
+}  # fmt: skip
 
 
 def events(run: Path, event: str) -> list[dict[str, Any]]:
