@@ -133,7 +133,8 @@ class RunLog:
         self._since += time.perf_counter() - began
 
     def record(self, row: dict[str, Any]) -> None:
-        """Appends a row to `metrics.jsonl`; its numbers go to those who follow the run, as `EVENT/name`."""
+        """Appends a row to `metrics.jsonl`; its numbers go to those who follow the run, as `EVENT/name`, those of a
+        list as `EVENT/name1`, `EVENT/name2`, …"""
         if not self._speaks:
             return
         with self._file.open("a") as file:
@@ -141,7 +142,7 @@ class RunLog:
         if self._trackers is None or "step" not in row:
             return
         event = {"step": "train"}.get(row["event"], row["event"])
-        metrics = {f"{event}/{name}": float(v) for name, v in row.items() if name not in _NOT_METRICS and _is_number(v)}
+        metrics = {f"{event}/{name}": float(v) for name, v in _flat(row) if name not in _NOT_METRICS and _is_number(v)}
         if metrics:
             self._trackers.log(row["step"], metrics)
 
@@ -161,6 +162,14 @@ def _shown(means: Mapping[str, float]) -> str:
     names = [name for name in means if name not in _PLACED]
     ordered = [name for name in ("loss", *names, "grad_norm", "learning_rate") if name in means]
     return "  ".join(f"{'lr' if name == 'learning_rate' else name} {means[name]:.4g}" for name in ordered)
+
+
+def _flat(row: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    for name, value in row.items():
+        if isinstance(value, list):
+            yield from ((f"{name}{place}", one) for place, one in enumerate(value, start=1))
+        else:
+            yield name, value
 
 
 def _is_number(value: Any) -> bool:

@@ -52,6 +52,20 @@ class LossSum(NamedTuple):
     metrics: Mapping[str, tuple[jax.Array, jax.Array]]
 
 
+class Ended(NamedTuple):
+    """What the end of a turn made of the model, and what there is to tell of it.
+
+    Attributes:
+        model: with buffers of the same shapes as before.
+        row: for `metrics.jsonl`: plain values, `event` among them.
+        said: the same in a line to be printed.
+    """
+
+    model: nnx.Module
+    row: Mapping[str, Any]
+    said: str
+
+
 @dataclass(frozen=True)
 class Phase:
     """One optimisation with one loss.
@@ -68,8 +82,8 @@ class Phase:
         num_steps: optimiser steps; in a `Cycle` of each turn.
         steps_per_epoch: for reports only.
         start_from: "best": the parameters and buffers of the checkpoint that validated best so far.
-        on_end: (model) → model, after the last step of each turn, before the model is validated and saved: may replace
-            buffers by others of the same shapes.
+        on_end: (model) → `Ended`, after the last step of each turn, before the model is validated and saved: may
+            replace buffers by others of the same shapes.
         validated: whether it is validated and saved on its way and at its end; a phase after which the model cannot be
             better yet need not be.
     """
@@ -82,7 +96,7 @@ class Phase:
     num_steps: int
     steps_per_epoch: float
     start_from: Literal["previous", "best"] = "previous"
-    on_end: Callable[[Any], nnx.Module] | None = None
+    on_end: Callable[[Any], Ended] | None = None
     validated: bool = True
 
 

@@ -24,10 +24,10 @@ from core.code_tables import build
 from core.layers import Init
 from core.llama import Compute
 from core.lora import is_adapter
-from efficientids.errors import UserError
 from efficientids.recommenders.base import (
     Batch,
     Cycle,
+    Ended,
     Histories,
     LossSum,
     Phase,
@@ -35,7 +35,8 @@ from efficientids.recommenders.base import (
     Training,
     in_llama,
 )
-from efficientids.recommenders.etegrec_model import Contents, ETEGRecModel, ETEGRecSpec, Turns, code_table
+from efficientids.recommenders.etegrec_model import Contents, ETEGRecModel, ETEGRecSpec, Turns
+from efficientids.recommenders.reindexing import reindexed
 from efficientids.recommenders.shapes import ranked
 
 
@@ -152,20 +153,9 @@ class ETEGRec:
         real = 0 if self.spec.tokenizer is None else len(self.spec.tokenizer.level_sizes)
         return self.spec.tied and len(path) > 1 and path[0] == "tables" and int(path[1]) < real
 
-    def reindex(self, model: ETEGRecModel) -> ETEGRecModel:
-        """Gives every item the codes that the tokenizer has for it now, in a new table, trie and version of old shapes.
-
-        Raises:
-            UserError: a bucket outgrew the suffix level.
-        """
-        assert model.tokenizer is not None and model.vectors_NI is not None
-        codes_NL = np.asarray(_codes(*nnx.split(model.tokenizer), model.vectors_NI[...]))
-        try:
-            made = code_table(codes_NL, self.spec.table)
-        except ValueError as error:
-            raise UserError(f"after the tokenizer's turn: {error} (--suffix_size)") from error
-        nnx.update(model.ids, nnx.state(made))
-        return model
+    def reindex(self, model: ETEGRecModel) -> Ended:
+        """Gives every item the codes that the tokenizer has for it now (`reindexing.reindexed`)."""
+        return reindexed(model, self.spec)
 
     def recommend(self, model: nnx.Module, histories: Histories, k: int, exclude: np.ndarray | None) -> Ranked:
         """The k best items that the search finds; see `core.beam_search` for what is exact.
@@ -284,9 +274,3 @@ def _is_table_of_words(path: tuple[Any, ...], _: Any) -> bool:
 
 def _is_alignment(path: tuple[Any, ...], _: Any) -> bool:
     return bool(path) and path[0] in ("enc_adapter", "dec_adapter")
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _codes(graphdef: Any, state: nnx.State, vectors_NI: jax.Array) -> jax.Array:
-    """The real codes of items 1 … N: int32 [N, L − 1]."""
-    return nnx.merge(graphdef, state).codes(vectors_NI[1:])

@@ -39,6 +39,7 @@ class ETEGRecSpec:
         tied: the recommender's tables of the real levels are the tokenizer's codebooks, the same parameters.
         beams: of the search; more where more results are asked for.
         normalise: what the code loss and the search's scores are log-probabilities over.
+        sinkhorn: the tokenizer's last real level spreads items over its codes (`core.sinkhorn`).
     """
 
     model: ETEGRecConfig
@@ -49,6 +50,7 @@ class ETEGRecSpec:
     tied: bool = False
     beams: int = 20
     normalise: Normalise = "alphabet"
+    sinkhorn: bool = False
 
     def to_json(self) -> dict[str, Any]:
         """Plain values, for `model.json`."""

@@ -45,7 +45,7 @@ _ALIGNED_FROM = 10.0
 class ETEGRecSystem:
     """See `efficientids.systems.base.System`."""
 
-    may_change = frozenset({"max_items", "beams", "normalise", "model.dropout", "model.init_std"})
+    may_change = frozenset({"max_items", "beams", "normalise", "sinkhorn", "model.dropout", "model.init_std"})
 
     def resolve(self, config: TrainConfig, scale: Scale) -> TrainConfig:
         """See `System.resolve`."""
@@ -161,6 +161,7 @@ def spec(config: TrainConfig, llama: LlamaConfig, num_items: int, codes: CodeSha
         tied=config.tie_to_tokenizer,
         beams=config.beams,
         normalise=config.normalise,
+        sinkhorn=codes.sinkhorn,
     )
 
 

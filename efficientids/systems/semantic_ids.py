@@ -33,11 +33,12 @@ class CodeShapes(NamedTuple):
     """What is known of semantic IDs before there are any.
 
     level_sizes: codes of each level, the suffix level's last. rqvae: the tokenizer's shape; None of codes that came
-    without an RQ-VAE.
+    without an RQ-VAE. sinkhorn: its last real level spreads items over its codes.
     """
 
     level_sizes: tuple[int, ...]
     rqvae: RQVAEConfig | None
+    sinkhorn: bool = False
 
 
 def code_shapes(config: TrainConfig) -> CodeShapes:
@@ -55,7 +56,7 @@ def code_shapes(config: TrainConfig) -> CodeShapes:
             f"--code_dim {config.code_dim}: the codebooks of --semantic_ids {config.semantic_ids} have width "
             f"{given.rqvae.latent_dim}; give that"
         )
-    return CodeShapes(given.level_sizes, given.rqvae)
+    return CodeShapes(given.level_sizes, given.rqvae, bool(given.settings.get("sinkhorn", False)))
 
 
 def contents(config: TrainConfig, dataset: Dataset) -> Contents:

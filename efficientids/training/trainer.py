@@ -209,7 +209,7 @@ class _Loop:
                 self._read(*unread)
                 unread = None
                 with self._log.untimed():
-                    model = self._ended(self._program.model(state)) if last else self._program.model(state)
+                    model = self._ended(step, self._program.model(state)) if last else self._program.model(state)
                     self.ended = due and self._evaluate_and_save(step, model, state)
                 began = time.perf_counter()
                 if self.ended:
@@ -223,14 +223,16 @@ class _Loop:
         done = self._turn.steps + step
         return done % self._options.eval_every == 0 or done == self._turn.total
 
-    def _ended(self, model: nnx.Module) -> nnx.Module:
+    def _ended(self, step: int, model: nnx.Module) -> nnx.Module:
         """The model after the turn, where it lay before: what `on_end` makes on the host lies on one device alone."""
         if self._phase.on_end is None:
             return model
         ended, mesh = self._phase.on_end(model), self._options.mesh
+        self._log.record({"phase": self._phase.name, "step": self._first + step, **ended.row})
+        self._log.say(ended.said)
         if mesh is None:
-            return ended
-        graphdef, state = nnx.split(ended)
+            return ended.model
+        graphdef, state = nnx.split(ended.model)
         return nnx.merge(graphdef, sharding.place(state, mesh))
 
     def _read(self, step: int, metrics: dict[str, jax.Array], input_wait: float) -> None:

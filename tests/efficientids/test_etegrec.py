@@ -6,6 +6,7 @@ Legend: N items, L levels, B rows.
 from __future__ import annotations
 
 import dataclasses
+import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -29,9 +30,10 @@ from efficientids.errors import UserError
 from efficientids.evaluation.evaluate import evaluate
 from efficientids.loading import open_run
 from efficientids.options import TrainConfig
+from efficientids.recommenders import reindexing
 from efficientids.recommenders.base import Cycle, Histories, turns
 from efficientids.recommenders.etegrec import ETEGRec
-from efficientids.recommenders.etegrec_model import ETEGRecModel, code_table
+from efficientids.recommenders.etegrec_model import ETEGRecModel, ETEGRecSpec, code_table
 from efficientids.systems.base import Scale
 from efficientids.tokenizing import cli
 from efficientids.train import main
@@ -89,6 +91,11 @@ def test_a_run_takes_turns_and_ends_with_codes_alone(run: Path) -> None:
     assert first["loss"] == pytest.approx(first["code_loss"], rel=1e-6)
     added = 1e-4 * last["sia_loss"] + 3e-4 * last["psa_loss"]
     assert last["loss"] - last["code_loss"] == pytest.approx(added, rel=1e-2)
+    indexed = events(run, "reindexed")
+    assert [row["step"] for row in indexed] == [turn, 3 * turn, 5 * turn]
+    for row in indexed:
+        assert len(row["used"]) == len(row["perplexity"]) == len(row["collisions"]) == 2
+        assert 0 <= row["changed"] <= 1 and row["largest_bucket"] >= 1 and not row["kept"]
     codes_alone = next(step for step in steps if step["phase"] == "finetune")
     assert "sia_loss" not in codes_alone
 
@@ -204,7 +211,7 @@ def test_reindexing_keeps_every_shape(start: tuple[ETEGRec, ETEGRecModel, TrainC
     copy = nnx.merge(graphdef, jax.tree.map(jnp.array, state))
     assert copy.tokenizer is not None
     copy.tokenizer.quantizer.codebooks[0][...] = -copy.tokenizer.quantizer.codebooks[0][...]
-    after = recommender.reindex(copy)
+    after: Any = recommender.reindex(copy).model
     verify(after.ids)
     assert jax.tree.map(jnp.shape, nnx.state(after)) == jax.tree.map(jnp.shape, state)
     assert (after.ids.version[...] != model.ids.version[...]).any()
@@ -218,9 +225,47 @@ def test_a_bucket_that_overflows_is_named(start: tuple[ETEGRec, ETEGRecModel, Tr
     graphdef, state = nnx.split(model)
     copy = nnx.merge(graphdef, jax.tree.map(jnp.array, state))
     copy.vectors_NI[...] = jnp.zeros_like(copy.vectors_NI[...])  # all alike
+    version = version_name(copy.ids.version[...])
     small = ETEGRec(dataclasses.replace(recommender.spec, table=shape))
-    with pytest.raises(UserError, match=r"after the tokenizer's turn: .* but the suffix level .*--suffix_size"):
-        small.reindex(copy)
+    kept: Any = small.reindex(copy)
+    verify(kept.model.ids)
+    assert version_name(kept.model.ids.version[...]) == version == kept.row["version"]
+    assert kept.row["kept"] and kept.row["changed"] == 0 and kept.row["largest_bucket"] == NUM_ITEMS
+    assert f"tokenize again with --suffix_size {NUM_ITEMS}" in kept.said and version in kept.said
+
+
+@pytest.mark.parametrize("tied", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_a_run_goes_on_where_a_bucket_overflows(
+    tied: bool, tiny_data: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Codes stay those of before, of one version, and the warning says what to do."""
+    monkeypatch.setattr(reindexing, "real_codes", lambda model, spec: np.ones((NUM_ITEMS, 2), np.int32))
+    job = {**JOB, "suffix_size": 24, "num_steps": 1, "finetune_epochs": 0, "tokenizer_epochs": 0.1}
+    given = flags(data_dir=tiny_data.path, checkpoint_dir=tmp_path / "run", recommender_epochs=0.1, **job)
+    assert main([*given, *(["--tie_to_tokenizer"] if tied else [])]) == 0
+    rows = events(tmp_path / "run", "reindexed")
+    assert [row["phase"] for row in rows] == ["tokenizer"] + ["recommender"] * tied
+    assert all(row["kept"] for row in rows) and len({row["version"] for row in rows}) == 1
+    said = capsys.readouterr().out
+    assert said.count("WARNING") == len(rows) and "--suffix_size 30 or more" in said
+    model: Any = open_run(tmp_path / "run").model
+    assert version_name(model.ids.version[...]) == rows[0]["version"]
+
+
+def test_codes_that_were_spread_are_spread_again(tiny_data: Dataset, tmp_path: Path) -> None:
+    """A tokenizer that has not moved gives the codes that it gave."""
+    ids = tmp_path / "ids"
+    asked = flags(data_dir=tiny_data.path, output=ids, levels="6,6", latent_dim=8, epochs=2, suffix_size=32)
+    assert cli.main([*asked, "--sinkhorn"]) == 0
+    recommender, model, _ = made(tiny_data, semantic_ids=ids)
+    assert recommender.spec.sinkhorn and model.tokenizer is not None and model.vectors_NI is not None
+    codes_NL = np.asarray(model.ids.codes_RL[...])[1 : NUM_ITEMS + 1, :2]
+    assert (np.asarray(model.tokenizer.codes(model.vectors_NI[...][1:])) != codes_NL).any()
+    found = recommender.reindex(model)
+    assert found.row["changed"] == 0 and not found.row["kept"]
+    old = recommender.spec.to_json()
+    del old["sinkhorn"]
+    assert not ETEGRecSpec.from_json(json.loads(json.dumps(old))).sinkhorn
 
 
 def test_losses_against_plain_loops(start: tuple[ETEGRec, ETEGRecModel, TrainConfig]) -> None:

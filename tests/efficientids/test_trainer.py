@@ -22,7 +22,7 @@ from core.sharding import MeshShape, make_mesh
 from efficientids import checkpoints
 from efficientids.errors import UserError
 from efficientids.log import RunLog
-from efficientids.recommenders.base import Batch, Cycle, Histories, LossSum, OptimizerConfig, Phase, Ranked
+from efficientids.recommenders.base import Batch, Cycle, Ended, Histories, LossSum, OptimizerConfig, Phase, Ranked
 from efficientids.runs import RunFolder
 from efficientids.training.step import build_program
 from efficientids.training.trainer import TrainerOptions, train
@@ -243,9 +243,10 @@ class TwoParts(nnx.Module):
         self.turns = Buffer(jnp.zeros((), jnp.int32))
 
 
-def counted(model: TwoParts) -> TwoParts:
+def counted(model: TwoParts) -> Ended:
     model.turns[...] = model.turns[...] + 1
-    return model
+    turns = int(model.turns[...])
+    return Ended(model, {"event": "counted", "turns": turns, "by_level": [1, 2]}, f"counted {turns} turns")
 
 
 @dataclasses.dataclass
@@ -254,7 +255,7 @@ class InTurns(ToySystem):
 
     repeats: int = 3
     last: Any = None
-    on_end: Callable[[Any], Any] = counted
+    on_end: Callable[[Any], Ended] = counted
     validated: bool = False
 
     def plan(self) -> Sequence[Phase | Cycle]:
@@ -296,6 +297,9 @@ def test_in_a_cycle_each_phase_goes_on_where_it_stopped(tmp_path: Path) -> None:
     assert [row["at"] for row in of_v] == [0, 1, 2, 3, 4, 5]
     assert [row["turns"] for row in of_v] == [1, 1, 2, 2, 3, 3]  # what `on_end` put there
     assert [row["step"] for row in rows(run, "validation")] == [4, 8, 12]
+    assert [(row["phase"], row["step"], row["turns"]) for row in rows(run, "counted")] == [
+        ("w", 2, 1), ("w", 6, 2), ("w", 10, 3),
+    ]  # fmt: skip
     assert alone.num_steps == 6 and len({row["learning_rate"] for row in of_v}) == 6
 
 
@@ -303,9 +307,9 @@ def test_what_the_end_of_a_turn_makes_lies_on_the_mesh(tmp_path: Path) -> None:
     """Buffers that are made on the host, as a code table is, are placed before anyone validates or saves them."""
     mesh, found = make_mesh(MeshShape(data=2)), []
 
-    def host_made(model: TwoParts) -> TwoParts:
+    def host_made(model: TwoParts) -> Ended:
         nnx.update(model, nnx.State({"turns": Buffer(jnp.asarray(np.int32(7)))}))
-        return model
+        return Ended(model, {"event": "made"}, "made")
 
     def validate(model: Any) -> dict[str, float]:
         found.append([leaf.sharding for leaf in jax.tree.leaves(nnx.state(model))])
