@@ -166,7 +166,7 @@ def _start(
     if pretrained:
         folder = weights_folder(config)
         log.say(f"weights: {folder}")
-    recommender = system.recommender(config, dataset, None)
+    recommender = system.recommender(config, dataset, None, log.record)
     model = system.start(recommender, config, mesh)
     if not by_reference:
         return recommender, model, None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -23,6 +23,13 @@ from efficientids.options import READS, TrainConfig
 from efficientids.recommenders.base import Batch, OptimizerConfig, Recommender, Training
 
 DEFAULT_EPOCHS = 10.0
+
+Record = Callable[[dict[str, Any]], None]
+"""Takes a row of `metrics.jsonl`: plain values, `event` and `step` among them."""
+
+
+def unrecorded(row: dict[str, Any]) -> None:
+    """The `Record` of whoever keeps none."""
 
 
 class Earlier(Protocol):
@@ -65,8 +72,13 @@ class System(Protocol):
             resolved: what `resolve` made of it.
         """
 
-    def recommender(self, config: TrainConfig, dataset: Dataset, earlier: Earlier | None) -> Recommender:
+    def recommender(
+        self, config: TrainConfig, dataset: Dataset, earlier: Earlier | None, record: Record = unrecorded
+    ) -> Recommender:
         """What a resolved configuration describes, ready to train on `dataset`.
+
+        Args:
+            record: told of what is trained on the way (a tokenizer), before step 1.
 
         Raises:
             UserError: the buffers (clusters, titles, …) would not be those that `earlier`'s parameters belong to.

@@ -18,7 +18,7 @@ from efficientids.recommenders.base import Recommender
 from efficientids.recommenders.item_knn import ItemKNN, ItemKNNSpec
 from efficientids.recommenders.popularity import Popularity, PopularitySpec
 from efficientids.systems import base
-from efficientids.systems.base import Earlier, Scale
+from efficientids.systems.base import Earlier, Record, Scale, unrecorded
 
 
 class CountedSystem:
@@ -50,7 +50,9 @@ class ItemKNNSystem(CountedSystem):
         """See `System.headline`."""
         return f"item-kNN, {config.neighbours} neighbours, the newest {config.seq_len} items, nothing to train"
 
-    def recommender(self, config: TrainConfig, dataset: Dataset, earlier: Earlier | None) -> ItemKNN:
+    def recommender(
+        self, config: TrainConfig, dataset: Dataset, earlier: Earlier | None, record: Record = unrecorded
+    ) -> ItemKNN:
         """See `System.recommender`."""
         return ItemKNN(_knn_spec(config, dataset.catalogue_size), dataset.training_histories())
 
@@ -70,7 +72,9 @@ class PopularitySystem(CountedSystem):
         """See `System.headline`."""
         return "popularity, the same items for everyone, nothing to train"
 
-    def recommender(self, config: TrainConfig, dataset: Dataset, earlier: Earlier | None) -> Popularity:
+    def recommender(
+        self, config: TrainConfig, dataset: Dataset, earlier: Earlier | None, record: Record = unrecorded
+    ) -> Popularity:
         """See `System.recommender`."""
         items, _ = dataset.training_histories()
         return Popularity(PopularitySpec(dataset.catalogue_size), items)

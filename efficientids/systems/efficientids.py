@@ -22,7 +22,7 @@ from efficientids.options import TrainConfig
 from efficientids.recommenders.base import Recommender
 from efficientids.recommenders.efficientids import EfficientIDS, EfficientIDSSpec
 from efficientids.systems import base
-from efficientids.systems.base import Earlier, Packing, Scale
+from efficientids.systems.base import Earlier, Packing, Record, Scale, unrecorded
 from efficientids.systems.buffers import (
     check_same_buffers,
     cluster_shape,
@@ -95,7 +95,9 @@ class EfficientIDSSystem:
         words = f"{described(config, llama)}, {config.head} head, {config.seq_len} positions"
         return words + attention_in_words(config, llama)
 
-    def recommender(self, config: TrainConfig, dataset: Dataset, earlier: Earlier | None) -> EfficientIDS:
+    def recommender(
+        self, config: TrainConfig, dataset: Dataset, earlier: Earlier | None, record: Record = unrecorded
+    ) -> EfficientIDS:
         """See `System.recommender`."""
         llama = llama_config(config)
         titles, bos = title_tokens(config, llama, dataset) if config.item_text == "title" else (None, 0)

@@ -21,7 +21,7 @@ from efficientids.recommenders.base import OptimizerConfig, Recommender
 from efficientids.recommenders.etegrec import ETEGRec
 from efficientids.recommenders.etegrec_model import ETEGRecModel, ETEGRecSpec, Turns
 from efficientids.systems import base
-from efficientids.systems.base import Earlier, Scale
+from efficientids.systems.base import Earlier, Record, Scale, unrecorded
 from efficientids.systems.llama import (
     attention_in_words,
     checked_compute,
@@ -86,7 +86,9 @@ class ETEGRecSystem:
         words = f"{described(config, llama)}, codes {levels}, {config.max_seq_len} items in {config.seq_len} positions"
         return words + attention_in_words(config, llama)
 
-    def recommender(self, config: TrainConfig, dataset: Dataset, earlier: Earlier | None) -> ETEGRec:
+    def recommender(
+        self, config: TrainConfig, dataset: Dataset, earlier: Earlier | None, record: Record = unrecorded
+    ) -> ETEGRec:
         """See `System.recommender`."""
         llama, scale = llama_config(config), Scale.of(dataset)
         if earlier is not None:
@@ -98,7 +100,7 @@ class ETEGRecSystem:
             init=llama_init(config),
             training=base.training(config, _items(config), dataset),
             turns=_turns(config, scale, codes),
-            contents=contents(config, dataset) if earlier is None else None,
+            contents=contents(config, dataset, record) if earlier is None else None,
         )
 
     def pretrained(self, config: TrainConfig) -> bool:

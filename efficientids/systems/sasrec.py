@@ -16,7 +16,7 @@ from efficientids.options import TrainConfig
 from efficientids.recommenders.base import Recommender
 from efficientids.recommenders.sasrec import SASRecRecommender, SASRecSpec
 from efficientids.systems import base
-from efficientids.systems.base import Earlier, Scale
+from efficientids.systems.base import Earlier, Record, Scale, unrecorded
 
 _B2 = 0.98  # as in the original
 
@@ -50,7 +50,9 @@ class SASRecSystem:
         """None: everything trains."""
         return None
 
-    def recommender(self, config: TrainConfig, dataset: Dataset, earlier: Earlier | None) -> SASRecRecommender:
+    def recommender(
+        self, config: TrainConfig, dataset: Dataset, earlier: Earlier | None, record: Record = unrecorded
+    ) -> SASRecRecommender:
         """See `System.recommender`."""
         return SASRecRecommender(
             _spec(config, dataset.catalogue_size), base.training(config, config.seq_len, dataset, b2=_B2)

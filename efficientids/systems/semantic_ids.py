@@ -19,7 +19,7 @@ from efficientids.data.texts.tokens import open_tokenizer as text_tokenizer
 from efficientids.errors import UserError
 from efficientids.options import TrainConfig
 from efficientids.recommenders.etegrec_model import Contents
-from efficientids.systems.base import Earlier
+from efficientids.systems.base import Earlier, Record, unrecorded
 from efficientids.systems.llama import text_tokenizer_file, weights_folder
 from efficientids.tokenizing.making import make_tokenizer
 from efficientids.tokenizing.settings import TokenizerSettings
@@ -59,8 +59,10 @@ def code_shapes(config: TrainConfig) -> CodeShapes:
     return CodeShapes(given.level_sizes, given.rqvae, bool(given.settings.get("sinkhorn", False)))
 
 
-def contents(config: TrainConfig, dataset: Dataset) -> Contents:
+def contents(config: TrainConfig, dataset: Dataset, record: Record = unrecorded) -> Contents:
     """Codes and tokenizer of --semantic_ids; without it, of a tokenizer pretrained on co-occurrence vectors.
+
+    Its epochs are recorded as events "pretraining" of step 0.
 
     Raises:
         UserError: what `open_tokenizer` and `make_tokenizer` refuse.
@@ -69,7 +71,9 @@ def contents(config: TrainConfig, dataset: Dataset) -> Contents:
         found = _opened(config.semantic_ids, dataset)
     else:
         vectors = joined([("cooccurrence", from_histories(dataset, COOCCURRENCE_DIM, config.seed))])
-        found = make_tokenizer(vectors, _settings(config), _say)
+        found = make_tokenizer(
+            vectors, _settings(config), _say, lambda row: record({**row, "event": "pretraining", "step": 0})
+        )
     rqvae = None if found.rqvae is None else found.rqvae_model()
     return Contents(np.asarray(found.codes_NL[1:]), rqvae, None if rqvae is None else found.vectors_NI)
 
