@@ -71,7 +71,8 @@ def load_run(path: str | Path, step: int | None = None) -> tuple[FunctionalModel
         step: which checkpoint; None: the one the path names, else the best by validation NDCG@10.
 
     Returns:
-        (model, complete parameters, configuration): `model.apply(params, input_ids=…, item_ids=…, item_mask=…)`.
+        (model, complete parameters, configuration): `model.apply(params, input_ids=…, item_ids=…, item_mask=…)` of the
+        two systems with a Llama; `open_run(…).recommender.recommend` is the way that all have.
 
     Raises:
         UserError: no run, no such step, a damaged description, or frozen weights that are gone or changed.

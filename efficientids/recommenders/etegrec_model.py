@@ -14,7 +14,7 @@ import numpy as np
 
 from core.alignment import SIASign
 from core.beam_search import Normalise
-from core.code_sequences import Template
+from core.code_sequences import Template, lay_out
 from core.code_tables import build
 from core.config import LlamaConfig
 from core.functional import Buffer
@@ -136,10 +136,80 @@ class ETEGRecModel(LlamaETEGRecModel):
         tokenizer = None if spec.tokenizer is None else RQVAE(spec.tokenizer, key_tokenizer)
         shared = list(tokenizer.quantizer.codebooks) if spec.tied and tokenizer is not None else []
         super().__init__(spec.model, key_model, shared, **parts)
-        self.tokenizer = tokenizer
+        self.spec, self.tokenizer = spec, tokenizer
         self.ids = SemanticIDs(spec.table)
         width = None if spec.tokenizer is None else spec.tokenizer.input_dim
         self.vectors_NI = None if width is None else Buffer(jnp.zeros((spec.num_items + 1, width)))
+
+    def __call__(
+        self,
+        input_ids: jax.Array,
+        item_ids: jax.Array,
+        item_mask: jax.Array,
+        *,
+        lengths: jax.Array | None = None,
+        training: bool = False,
+        top_k: int = 10,
+        exclude: jax.Array | None = None,
+        return_logits: bool = False,
+    ) -> dict[str, jax.Array]:
+        """Recommends what comes after each row's items: the signature of `LlamaEfficientIDSModel`.
+
+        Args:
+            input_ids: int [B, T]; not read: the text around a history is the run's own `--prompt`.
+            item_ids: items, int [B, T]; read where `item_mask`, the newest `max_items` of a row.
+            item_mask: bool or 0/1 [B, T].
+            lengths: int [B], positions of each row that are real; default all.
+            training: must be False; the loss is `ETEGRec.plan`'s.
+            top_k: k.
+            exclude: int [B, X], items never to recommend, padded with 0.
+            return_logits: also return `logits`.
+
+        Returns:
+            `top_k_items` int32 [B, k] and `top_k_scores` float32 [B, k], log-probabilities, best first, as the beam
+            search finds them (`core.beam_search` says what is exact); with `return_logits`, `logits` float32 [B, K_1]
+            of the codes of the first level: there are none of items.
+
+        Raises:
+            ValueError: `training`, ids outside 1 … N, or a row without items. Under `jax.jit` these are not known.
+        """
+        if training:
+            raise ValueError("training=True: train with train_llama.py; __call__ is inference")
+        spec, width = self.spec, item_ids.shape[1]
+        mask_BT = jnp.asarray(item_mask, bool)
+        if lengths is not None:
+            mask_BT &= jnp.arange(width) < lengths[:, None]
+        _check(item_ids, mask_BT, spec.num_items)
+        # Items to the left, in order; then the newest of them.
+        packed_BT = jnp.take_along_axis(item_ids, jnp.argsort(~mask_BT, axis=1, stable=True), axis=1)
+        count_B = mask_BT.sum(axis=1, dtype=jnp.int32)
+        kept_B = jnp.minimum(count_B, spec.max_items)
+        columns_BH = (count_B - kept_B)[:, None] + jnp.arange(min(width, spec.max_items))
+        ids_BH = jnp.take_along_axis(packed_BT, jnp.minimum(columns_BH, width - 1), axis=1)
+        sequence = lay_out(self.ids.codes_of(ids_BH), kept_B, spec.model.template, with_target=False)
+        beams = max(top_k, spec.beams)
+        scores_Bk, items_Bk = self.top_k(
+            sequence, self.ids, top_k, beams=beams, exclude=exclude, normalise=spec.normalise
+        )  # fmt: skip
+        results = {"top_k_items": items_Bk, "top_k_scores": scores_Bk}
+        if return_logits:
+            results["logits"] = self.logits(self.state(self.hidden(sequence), sequence), 0)
+        return results
+
+
+def _check(item_ids_BT: jax.Array, mask_BT: jax.Array, num_items: int) -> None:
+    """Refuses ids that are no items, and rows without any, where they are known."""
+    if isinstance(item_ids_BT, jax.core.Tracer) or isinstance(mask_BT, jax.core.Tracer):
+        return
+    ids, mask = np.asarray(item_ids_BT), np.asarray(mask_BT)
+    read = ids[mask]
+    if read.size and (read.min() < 1 or read.max() > num_items):
+        raise ValueError(f"item_ids: ids {read.min()} … {read.max()} where item_mask is 1, expected 1 … {num_items}")
+    if not mask.any(axis=1).all():
+        row = int(np.flatnonzero(~mask.any(axis=1))[0])
+        raise ValueError(
+            f"item_ids: row {row} has no items (item_mask is 0 throughout); nothing to go on from"
+        )
 
 
 def code_table(codes_NL: np.ndarray, shape: TableShape) -> SemanticIDs:
