@@ -53,11 +53,12 @@ def _parts(phase: Phase, repeats: int, model: nnx.Module, seed: int) -> list[Par
 
     grads = jax.jit(jax.grad(mean))(params)
     adapters = set(_by_part(nnx.filter_state(params, is_adapter)))
+    off = {path: why for filter_, why in phase.switched_off for path in _by_part(nnx.filter_state(params, filter_))}
     parts = []
     for path, leaves in _by_part(grads).items():
         norm = float(optax.tree.norm(leaves))
         half = path.endswith(".a") and path in adapters
-        reason = None if norm else STARTS_AT_ZERO if half else NOT_READ
+        reason = None if norm else off.get(path, STARTS_AT_ZERO if half else NOT_READ)
         parts.append(Part(phase.name, path, _size(leaves), norm, reason))
     parts += [Part(phase.name, path, _size(leaves), None, FROZEN) for path, leaves in _by_part(other).items()]
     return parts
@@ -79,7 +80,7 @@ def _size(leaves: Sequence[Any]) -> int:
 
 
 def as_text(parts: Sequence[Part]) -> str:
-    """A table, a phase after the other; frozen parts by their first name, for a Llama has many."""
+    """A table, a phase after the other; a frozen Llama's parts, which are many, in a line."""
     lines = []
     for phase in dict.fromkeys(part.phase for part in parts):
         lines.append(f"gradients of phase {phase!r}:")
@@ -89,6 +90,7 @@ def as_text(parts: Sequence[Part]) -> str:
             lines.append(f"  {part.path:<48}{part.size:>14,}{shown}")
         frozen: dict[str, int] = {}
         for part in (part for part in mine if part.norm is None):
-            frozen[part.path.split(".")[0]] = frozen.get(part.path.split(".")[0], 0) + part.size
+            name = "llama" if part.path.startswith("llama.") else part.path
+            frozen[name] = frozen.get(name, 0) + part.size
         lines += [f"  {name:<48}{size:>14,}              {FROZEN}" for name, size in frozen.items()]
     return "\n".join(lines)
