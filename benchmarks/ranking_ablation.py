@@ -50,7 +50,7 @@ def overlap(run: LoadedRun, other: EfficientIDS, k: int = 10) -> float:
     """The mean share of the exact top k that another ranking's top k holds, over the test users."""
     dataset, shares = run.dataset(), []
     for batch in evaluation_batches(dataset, "test", 256, run.recommender.max_items):
-        histories = Histories(batch.item_ids, batch.lengths)
+        histories = Histories(batch.item_ids, batch.lengths, batch.padding)
         exact, found = (system.recommend(run.model, histories, k, batch.seen) for system in (run.recommender, other))
         both = (exact.item_ids[:, :, None] == found.item_ids[:, None, :]).any(axis=2).mean(axis=1)
         shares += both[batch.targets > 0].tolist()

@@ -39,6 +39,11 @@ class EvaluationBatch:
     seen: np.ndarray
     history_lengths: np.ndarray
 
+    @property
+    def padding(self) -> int:
+        """How many rows are padding: the last ones."""
+        return int((self.users < 0).sum())
+
 
 class Bucket(NamedTuple):
     """Rows of at most `width` items go `rows` at a time: every bucket has about the same number of positions."""

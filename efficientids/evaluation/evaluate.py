@@ -185,7 +185,7 @@ def ranked_batches(
     total, done = len(of) if users is None else int(np.isin(of, users).sum()), 0
     for batch in evaluation_batches(dataset, split, batch_size, recommender.max_items, users=users):
         exclude = batch.seen if seen == "mask" else None
-        yield batch, recommender.recommend(model, Histories(batch.item_ids, batch.lengths), k, exclude)
+        yield batch, recommender.recommend(model, Histories(batch.item_ids, batch.lengths, batch.padding), k, exclude)
         done += int((batch.targets > 0).sum())
         if progress is not None:
             progress(done, total)

@@ -25,7 +25,7 @@ def sample_recommendations(
     lines: list[str] = []
     shown: set[int] = set()
     for batch in evaluation_batches(dataset, "test", len(chosen), recommender.max_items, users=chosen):
-        ranked = recommender.recommend(model, Histories(batch.item_ids, batch.lengths), k, batch.seen)
+        ranked = recommender.recommend(model, Histories(batch.item_ids, batch.lengths, batch.padding), k, batch.seen)
         for row, user in enumerate(batch.users.tolist()):
             if user < 0 or user in shown:
                 continue

@@ -62,7 +62,9 @@ def make_samples(
         users = order[start : start + batch_size]
         for batch in evaluation_batches(dataset, split, batch_size, recommender.max_items, users=users):
             # One more than is shown: a target that ties with the last may tie with others that are not listed.
-            ranked = recommender.recommend(model, Histories(batch.item_ids, batch.lengths), k + 1, batch.seen)
+            ranked = recommender.recommend(
+                model, Histories(batch.item_ids, batch.lengths, batch.padding), k + 1, batch.seen
+            )
             try:
                 ranks = target_ranks(ranked, batch.targets)
             except ValueError as error:

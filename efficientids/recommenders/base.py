@@ -84,6 +84,8 @@ class Phase:
         start_from: "best": the parameters and buffers of the checkpoint that validated best so far.
         on_end: (model) → `Ended`, after the last step of each turn, before the model is validated and saved: may
             replace buffers by others of the same shapes.
+        switched_off: (filter, why) of parameters in `groups` that the configuration keeps from any gradient: what
+            `--check_gradients` says of them.
         validated: whether it is validated and saved on its way and at its end; a phase after which the model cannot be
             better yet need not be.
     """
@@ -98,6 +100,7 @@ class Phase:
     start_from: Literal["previous", "best"] = "previous"
     on_end: Callable[[Any], Ended] | None = None
     validated: bool = True
+    switched_off: Sequence[tuple[Filter, str]] = ()
 
 
 @dataclass(frozen=True)
@@ -153,10 +156,14 @@ class Training:
 
 
 class Histories(NamedTuple):
-    """What is known of some users: item_ids int32 [B, H], right-padded, oldest first; lengths int32 [B]."""
+    """What is known of some users: item_ids int32 [B, H], right-padded, oldest first; lengths int32 [B].
+
+    The last `padding` rows are of nobody: they fill a batch up, and what is ranked for them means nothing.
+    """
 
     item_ids: np.ndarray
     lengths: np.ndarray
+    padding: int = 0
 
 
 class Ranked(NamedTuple):
@@ -191,7 +198,12 @@ class Recommender(Protocol):
         """The phases of training, in order; none for a baseline that `init` has counted already."""
 
     def recommend(self, model: nnx.Module, histories: Histories, k: int, exclude: np.ndarray | None) -> Ranked:
-        """The k best items after each history, without those in `exclude` (int32 [B, X], padded with 0)."""
+        """The k best items after each history, without those in `exclude` (int32 [B, X], padded with 0).
+
+        Raises:
+            ValueError: ids outside 0 … N; or, of a system that cannot answer it, a history without items that is no
+                padding.
+        """
 
 
 def cycles(plan: Sequence[Phase | Cycle]) -> list[Cycle]:

@@ -123,6 +123,8 @@ class ETEGRec:
         if self.spec.tied:
             # Code loss moves the codebooks, and with them the codes that items should have.
             recommender = dataclasses.replace(recommender, on_end=self.reindex)
+        off = self._switched_off(turns)
+        recommender = dataclasses.replace(recommender, switched_off=off)
         phases = [recommender]
         if turns.tokenizer_steps:
             parameters = nnx.Any(in_tokenizer, self._is_shared_table)
@@ -135,6 +137,15 @@ class ETEGRec:
         if turns.finetune_steps:
             plan.append(self._finetuning(training, turns, llama))
         return plan
+
+    def _switched_off(self, turns: Turns) -> list[tuple[Any, str]]:
+        """What the weights of the losses leave without a gradient in the recommender's turns."""
+        weights = {
+            "enc_adapter": ("--kl_loss", turns.kl_loss),
+            "dec_adapter": ("--dec_cl_loss", turns.dec_cl_loss),
+            "codebook_logits": ("--code_loss", turns.code_loss),
+        }
+        return [(_first_name_is(name), f"zero: {flag} 0") for name, (flag, weight) in weights.items() if not weight]
 
     def _finetuning(self, training: Training, turns: Turns, llama: Any) -> Phase:
         assert turns.finetune is not None
@@ -160,11 +171,11 @@ class ETEGRec:
     def recommend(self, model: nnx.Module, histories: Histories, k: int, exclude: np.ndarray | None) -> Ranked:
         """The k best items that the search finds; see `core.beam_search` for what is exact.
 
-        A row of length 0 (padding) gets no item: there is nothing to continue. More beams than the run's search where
+        Padding rows get no item: there is nothing to continue. More beams than the run's search where
         k is larger; but of k = beams + 1 the last may be missing.
 
         Raises:
-            ValueError: ids outside 0 … N.
+            ValueError: ids outside 0 … N, or a history without items.
         """
         # One result beyond the beams gets none of its own: evaluation asks for it, to see whether it ties.
         beams = self.spec.beams if k <= self.spec.beams + 1 else k
@@ -270,6 +281,10 @@ class ETEGRec:
 def _is_table_of_words(path: tuple[Any, ...], _: Any) -> bool:
     """The Llama's own tables: no code is in them. Text around a history goes through them as they are."""
     return tuple(path)[:2] in (("llama", "embed_VD"), ("llama", "head_VD"))
+
+
+def _first_name_is(name: str) -> Any:
+    return lambda path, _: tuple(path)[:1] == (name,)
 
 
 def _is_alignment(path: tuple[Any, ...], _: Any) -> bool:

@@ -105,7 +105,10 @@ class Popularity:
         Raises:
             ValueError: ids outside 0 … N.
         """
-        return ranked(_top_k, model, histories, k, exclude, max_items=self.max_items, num_items=self.spec.num_items)
+        return ranked(
+            _top_k, model, histories, k, exclude, max_items=self.max_items, num_items=self.spec.num_items,
+            needs_items=False,
+        )  # fmt: skip
 
 
 @functools.partial(jax.jit, static_argnums=0, static_argnames="k")

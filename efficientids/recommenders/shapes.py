@@ -52,16 +52,20 @@ def ranked(
     *,
     max_items: int,
     num_items: int,
+    needs_items: bool = True,
 ) -> Ranked:
     """What `Recommender.recommend` returns, by a compiled program. On a mesh each device ranks for a part of the rows;
     where several processes share it, all must ask the same.
 
     Args:
         program: (graphdef, state, item_ids [B, H], lengths [B], exclude [B, X], k) → (scores [B, k], items [B, k]).
+        needs_items: False of a system that has an answer to a history without items.
 
     Raises:
-        ValueError: ids outside 0 … num_items.
+        ValueError: ids outside 0 … num_items, or a history without items where some are needed.
     """
+    if needs_items:
+        _refuse_empty(histories)
     graphdef, state = nnx.split(model)
     asked = request(histories, exclude, k, max_items, num_items)
     mesh = sharding.mesh_of(state)
@@ -72,6 +76,16 @@ def ranked(
         scores, items = program(graphdef, state, *arrays, k=asked.k)
     asked_for = slice(len(histories.lengths)), slice(k)
     return Ranked(sharding.to_host(items)[asked_for], sharding.to_host(scores)[asked_for])
+
+
+def _refuse_empty(histories: Histories) -> None:
+    real_B = np.arange(len(histories.lengths)) < len(histories.lengths) - histories.padding
+    empty = np.flatnonzero(real_B & (histories.lengths <= 0))
+    if len(empty):
+        raise ValueError(
+            f"histories: row {empty[0]} has no items ({len(empty)} such rows), and this recommender goes on from "
+            "items; give at least one, leave the row out, or ask popularity, which needs none"
+        )
 
 
 def newest(histories: Histories, items: int) -> tuple[np.ndarray, np.ndarray]:

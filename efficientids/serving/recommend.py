@@ -67,7 +67,7 @@ def recommend_users(
     done = 0
     for batch in evaluation_batches(dataset, "all", batch_size, recommender.max_items, users=users):
         exclude = None if keep_seen else batch.seen
-        ranked = recommender.recommend(model, Histories(batch.item_ids, batch.lengths), k, exclude)
+        ranked = recommender.recommend(model, Histories(batch.item_ids, batch.lengths, batch.padding), k, exclude)
         real = (batch.users >= 0)[:, None] & (ranked.item_ids > 0)
         row, column = np.nonzero(real)
         frames.append(

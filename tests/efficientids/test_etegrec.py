@@ -28,7 +28,7 @@ from efficientids.checkpoints import writer
 from efficientids.data.dataset import Dataset
 from efficientids.errors import UserError
 from efficientids.evaluation.evaluate import evaluate
-from efficientids.loading import open_run
+from efficientids.loading import load_run, open_run
 from efficientids.options import TrainConfig
 from efficientids.recommenders import reindexing
 from efficientids.recommenders.base import Cycle, Histories, turns
@@ -37,7 +37,7 @@ from efficientids.recommenders.etegrec_model import ETEGRecModel, ETEGRecSpec, c
 from efficientids.systems.base import Scale
 from efficientids.tokenizing import cli
 from efficientids.train import main
-from efficientids.training.gradient_check import FROZEN, NOT_READ, check_gradients
+from efficientids.training.gradient_check import FROZEN, NOT_READ, as_text, check_gradients
 from efficientids.training.step import build_program
 from tests.conftest import ROOT
 from tests.efficientids.tiny import ETEGREC_JOB as JOB
@@ -91,6 +91,8 @@ def test_a_run_takes_turns_and_ends_with_codes_alone(run: Path) -> None:
     assert first["loss"] == pytest.approx(first["code_loss"], rel=1e-6)
     added = 1e-4 * last["sia_loss"] + 3e-4 * last["psa_loss"]
     assert last["loss"] - last["code_loss"] == pytest.approx(added, rel=1e-2)
+    pretraining = events(run, "pretraining")
+    assert [row["epoch"] for row in pretraining] == [1, 2] and len(pretraining[0]["perplexity"]) == 2
     indexed = events(run, "reindexed")
     assert [row["step"] for row in indexed] == [turn, 3 * turn, 5 * turn]
     for row in indexed:
@@ -317,12 +319,47 @@ def test_gradients_by_part(start: tuple[ETEGRec, ETEGRecModel, TrainConfig]) -> 
     assert not [part for part in parts.values() if part.reason == NOT_READ]
 
 
-def test_empty_rows_get_nothing_and_results_are_items(start: tuple[ETEGRec, ETEGRecModel, TrainConfig]) -> None:
+def test_a_loaded_run_is_called_as_the_readme_says(run: Path) -> None:
+    """Items where the mask says so, wherever they stand; the newest that the model looks at."""
+    model, params, config = load_run(run)
+    assert config.max_seq_len == 6
+    ids = np.array([[3, 0, 5, 9, 0, 0, 0, 0], [1, 2, 3, 4, 5, 6, 7, 8]], np.int32)
+    out = model.apply(
+        params, input_ids=jnp.zeros_like(ids), item_ids=jnp.asarray(ids), item_mask=jnp.asarray(ids > 0),
+        training=False, return_logits=True, top_k=4,
+    )  # fmt: skip
+    loaded = open_run(run)
+    rows = np.array([[3, 5, 9, 0, 0, 0, 0, 0], [1, 2, 3, 4, 5, 6, 7, 8]], np.int32)
+    wanted = loaded.recommender.recommend(loaded.model, Histories(rows, np.array([3, 8], np.int32)), 4, None)
+    np.testing.assert_array_equal(out["top_k_items"], wanted.item_ids)
+    np.testing.assert_allclose(out["top_k_scores"], wanted.scores, atol=1e-5)
+    assert out["logits"].shape == (2, 6)
+    zeros = jnp.zeros((1, 3), jnp.int32)
+    with pytest.raises(ValueError, match="row 0 has no items"):
+        model.apply(params, input_ids=zeros, item_ids=zeros, item_mask=zeros)
+
+
+def test_padding_gets_nothing_and_results_are_items(start: tuple[ETEGRec, ETEGRecModel, TrainConfig]) -> None:
     recommender, model, _ = start
-    histories = Histories(np.array([[1, 2, 3], [0, 0, 0]], np.int32), np.array([3, 0], np.int32))
+    histories = Histories(np.array([[1, 2, 3], [0, 0, 0]], np.int32), np.array([3, 0], np.int32), padding=1)
     found = recommender.recommend(model, histories, 4, np.array([[1, 2, 3], [0, 0, 0]], np.int32))
     assert (found.item_ids[1] == 0).all() and np.isneginf(found.scores[1]).all()
+    with pytest.raises(ValueError, match=r"histories: row 1 has no items \(1 such rows\)"):
+        recommender.recommend(model, histories._replace(padding=0), 4, None)
     assert len(set(found.item_ids[0])) == 4 and not {0, 1, 2, 3} & set(found.item_ids[0].tolist())
+
+
+def test_gradients_that_a_weight_of_zero_takes_away(tiny_data: Dataset) -> None:
+    """Each codebook has a line of its own, frozen or not, and an adapter without a loss says which flag that is."""
+    recommender, model, _ = made(tiny_data, aligned_from=0.0, kl_loss=0.0, finetune_epochs=0.0)
+    recommender_alone = dataclasses.replace(recommender._turns, tokenizer_steps=0)  # one phase compiles faster
+    recommender._turns = recommender_alone
+    text = as_text(check_gradients(recommender, model, 0))
+    (line,) = (line for line in text.splitlines() if "enc_adapter" in line)
+    assert line.endswith("zero: --kl_loss 0")
+    for level in range(2):
+        (line,) = (line for line in text.splitlines() if f"tokenizer.quantizer.codebooks.{level} " in line)
+        assert FROZEN in line
 
 
 @pytest.mark.parametrize(
