@@ -207,9 +207,7 @@ def _check(item_ids_BT: jax.Array, mask_BT: jax.Array, num_items: int) -> None:
         raise ValueError(f"item_ids: ids {read.min()} … {read.max()} where item_mask is 1, expected 1 … {num_items}")
     if not mask.any(axis=1).all():
         row = int(np.flatnonzero(~mask.any(axis=1))[0])
-        raise ValueError(
-            f"item_ids: row {row} has no items (item_mask is 0 throughout); nothing to go on from"
-        )
+        raise ValueError(f"item_ids: row {row} has no items (item_mask is 0 throughout); nothing to go on from")
 
 
 def code_table(codes_NL: np.ndarray, shape: TableShape) -> SemanticIDs:
