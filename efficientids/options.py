@@ -217,8 +217,9 @@ class SemanticIDOptions:
     semantic_ids: Path | None = None
     """The folder that `python -m efficientids tokenize` made. Default: a tokenizer is pretrained on co-occurrence
     vectors of the training histories at the start."""
-    levels: str = "256,256,256"
-    """Codes of each level of the tokenizer; without --semantic_ids."""
+    levels: str | None = None
+    """Codes of each level of the tokenizer; without --semantic_ids. Default: 256,256,256; below 1,024 items thrice the
+    largest power of two that is at most a quarter of them, so that a code starts from four items or more."""
     pretrain_epochs: int = 100
     """Of the tokenizer alone, before all else; without --semantic_ids."""
     suffix_size: int = 256

@@ -36,7 +36,14 @@ from efficientids.systems.llama import (
     training_mode,
 )  # fmt: skip
 from efficientids.systems.llama_defaults import check_positions, from_scratch, start, with_llama_defaults
-from efficientids.systems.semantic_ids import CodeShapes, check_same_codes, code_shapes, contents, prompt_template
+from efficientids.systems.semantic_ids import (
+    CodeShapes,
+    check_same_codes,
+    code_shapes,
+    contents,
+    prompt_template,
+    resolve_levels,
+)  # fmt: skip
 
 MAX_ITEMS = 20
 _ALIGNED_FROM = 10.0
@@ -50,6 +57,7 @@ class ETEGRecSystem:
     def resolve(self, config: TrainConfig, scale: Scale) -> TrainConfig:
         """See `System.resolve`."""
         llama, items = llama_config(config), config.max_seq_len or MAX_ITEMS
+        config = resolve_levels(config, scale.num_items)
         codes = code_shapes(config)
         template = prompt_template(config, llama)
         around = 1 if template is None else len(template.prefix) + len(template.suffix)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from pathlib import Path
 from typing import NamedTuple
@@ -19,6 +20,7 @@ from efficientids.data.texts.tokens import open_tokenizer as text_tokenizer
 from efficientids.errors import UserError
 from efficientids.options import TrainConfig
 from efficientids.recommenders.etegrec_model import Contents
+from efficientids.recommenders.shapes import power_of_two
 from efficientids.systems.base import Earlier
 from efficientids.systems.llama import text_tokenizer_file, weights_folder
 from efficientids.tokenizing.making import make_tokenizer
@@ -27,6 +29,7 @@ from efficientids.tokenizing.tokenizer import Tokenizer, open_tokenizer
 from efficientids.tokenizing.vectors import COOCCURRENCE_DIM, from_histories, joined
 
 _HISTORY = "{history}"
+_LEVELS, _CODES, _ITEMS_A_CODE = 3, 256, 4
 
 
 class CodeShapes(NamedTuple):
@@ -40,8 +43,20 @@ class CodeShapes(NamedTuple):
     rqvae: RQVAEConfig | None
 
 
+def resolve_levels(config: TrainConfig, num_items: int) -> TrainConfig:
+    """`levels`, settled; None with --semantic_ids, which have their own.
+
+    The published 256 codes a level, but no more than k-means can start from `_ITEMS_A_CODE` items each: with one item
+    a code there would be nothing in common to share codes for.
+    """
+    if config.semantic_ids is not None or config.levels is not None:
+        return config
+    codes = max(2, min(_CODES, power_of_two(num_items // _ITEMS_A_CODE + 1) // 2))
+    return dataclasses.replace(config, levels=",".join([str(codes)] * _LEVELS))
+
+
 def code_shapes(config: TrainConfig) -> CodeShapes:
-    """Those of --semantic_ids, or of the tokenizer that will be pretrained.
+    """Those of --semantic_ids, or of the tokenizer that will be pretrained; of a configuration with `resolve_levels`.
 
     Raises:
         UserError: no such tokenizer, or one whose codes are of another width than --code_dim.
@@ -120,6 +135,7 @@ def _opened(path: Path, dataset: Dataset | None) -> Tokenizer:
 
 
 def _settings(config: TrainConfig) -> TokenizerSettings:
+    assert config.levels is not None
     try:
         levels = tuple(int(size) for size in config.levels.split(","))
     except ValueError as error:
