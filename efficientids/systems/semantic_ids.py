@@ -19,8 +19,9 @@ from efficientids.data.texts.tokens import check_vocabulary, start_token
 from efficientids.data.texts.tokens import open_tokenizer as text_tokenizer
 from efficientids.errors import UserError
 from efficientids.options import TrainConfig
-from efficientids.recommenders.etegrec_model import Contents
+from efficientids.recommenders.etegrec_model import Contents, ETEGRecSpec
 from efficientids.recommenders.shapes import power_of_two
+from efficientids.runs import locate
 from efficientids.systems.base import Earlier
 from efficientids.systems.llama import text_tokenizer_file, weights_folder
 from efficientids.tokenizing.making import make_tokenizer
@@ -44,23 +45,26 @@ class CodeShapes(NamedTuple):
 
 
 def resolve_levels(config: TrainConfig, num_items: int) -> TrainConfig:
-    """`levels`, settled; None with --semantic_ids, which have their own.
+    """`levels`, settled; None where codes are there already, from --semantic_ids or --load_checkpoint.
 
     The published 256 codes a level, but no more than k-means can start from `_ITEMS_A_CODE` items each: with one item
     a code there would be nothing in common to share codes for.
     """
-    if config.semantic_ids is not None or config.levels is not None:
+    if config.levels is not None or config.semantic_ids is not None or config.load_checkpoint is not None:
         return config
     codes = max(2, min(_CODES, power_of_two(num_items // _ITEMS_A_CODE + 1) // 2))
     return dataclasses.replace(config, levels=",".join([str(codes)] * _LEVELS))
 
 
 def code_shapes(config: TrainConfig) -> CodeShapes:
-    """Those of --semantic_ids, or of the tokenizer that will be pretrained; of a configuration with `resolve_levels`.
+    """Those of --semantic_ids, of the run that --load_checkpoint goes on from, or of the tokenizer that will be
+    pretrained (`resolve_levels` comes first).
 
     Raises:
-        UserError: no such tokenizer, or one whose codes are of another width than --code_dim.
+        UserError: no such tokenizer or run, or one whose codes are of another width than --code_dim.
     """
+    if config.semantic_ids is None and config.load_checkpoint is not None:
+        return _earlier_codes(config.load_checkpoint)
     if config.semantic_ids is None:
         settings = _settings(config)
         return CodeShapes((*settings.levels, settings.suffix_size), settings.rqvae(COOCCURRENCE_DIM))
@@ -71,6 +75,20 @@ def code_shapes(config: TrainConfig) -> CodeShapes:
             f"{given.rqvae.latent_dim}; give that"
         )
     return CodeShapes(given.level_sizes, given.rqvae)
+
+
+def _earlier_codes(checkpoint: str) -> CodeShapes:
+    """Those of the run that a checkpoint is of: `resolve` and plans need them before any parameter is read."""
+    run, _ = locate(checkpoint)
+    described = run.read_model()
+    try:
+        name, spec = described["recommender"], described["spec"]
+        if name != "etegrec":
+            raise UserError(f"--load_checkpoint {run.path} is a checkpoint of --recommender {name}; give that")
+        known = ETEGRecSpec.from_json(spec)
+    except (KeyError, TypeError, ValueError) as error:
+        raise run.damaged(error) from error
+    return CodeShapes(known.model.level_sizes, known.tokenizer)
 
 
 def contents(config: TrainConfig, dataset: Dataset) -> Contents:

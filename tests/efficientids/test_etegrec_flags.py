@@ -3,22 +3,35 @@
 from __future__ import annotations
 
 import typing
+from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 from flax import nnx
 
+from core.code_tables import build
+from core.rqvae import RQVAE, RQVAEConfig
+from core.semantic_ids import version_name
+from core.suffixes import with_suffix
 from efficientids import systems
+from efficientids.config import to_mapping
 from efficientids.data.dataset import Dataset
 from efficientids.data.generated import generate
+from efficientids.errors import UserError
+from efficientids.loading import LoadedRun, adopt
 from efficientids.options import RunOptions, TrainConfig
-from efficientids.systems.base import Scale
+from efficientids.runs import RunFolder
+from efficientids.systems.base import Scale, abstract, describe
+from efficientids.tokenizing.tokenizer import Tokenizer, fill, parameters_of, with_padding
+from efficientids.tokenizing.vectors import Standard
+from tests.efficientids.tiny import NUM_ITEMS
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
 NAMES = typing.get_args(typing.get_type_hints(RunOptions)["recommender"])
-SMALL: dict[str, Any] = {"levels": "6,6", "suffix_size": 32, "code_dim": 8, "max_seq_len": 6, "pretrain_epochs": 1}
 
 
 @pytest.fixture(scope="module")
@@ -45,3 +58,72 @@ def test_default_levels_fit_the_catalogue(catalogue: Dataset) -> None:
 
     assert [levels(count) for count in (10**6, 1024, 1023, 250, 9)] == [f"{n},{n},{n}" for n in (256, 256, 128, 32, 2)]
     assert catalogue.catalogue_size == 250 and levels(250) == "32,32,32"  # more codes than items: refused
+
+
+def zeros(tree: Any) -> Any:
+    """Arrays in place of shapes, without a compilation."""
+    return jax.tree.map(lambda leaf: jnp.asarray(np.zeros(leaf.shape, leaf.dtype)), tree)
+
+
+def folder(path: Path, data: Dataset, method: typing.Any, seed: int = 0) -> Path:
+    """A tokenizer that nothing trained, as `tokenize` writes one; of item vectors of width 10."""
+    rng, imported = np.random.default_rng(seed), method == "imported"
+    codes_NL = with_padding(with_suffix(rng.integers(0, 6, (NUM_ITEMS, 2)), 32))
+    shape = RQVAEConfig(10, (6, 6), (12,), 8)
+    parameters = parameters_of(zeros(nnx.eval_shape(lambda: RQVAE(shape, jax.random.key(0)))))
+    standard = Standard(np.zeros(10, np.float32), np.ones(10, np.float32), (10,))
+    vectors_NI = np.concatenate([np.zeros((1, 10)), rng.normal(size=(NUM_ITEMS, 10))]).astype(np.float32)
+    rest = () if imported else (shape, parameters, standard, vectors_NI)
+    path.mkdir()
+    fill(path, Tokenizer(None, method, codes_NL, (6, 6, 32), *rest), data)
+    return path
+
+
+def asked(**more: Any) -> TrainConfig:
+    """What a job with 8 columns a code asks for."""
+    given = {"code_dim": 8, "max_seq_len": 6, "batch_size": 8, "epochs": 2.0}
+    return TrainConfig(recommender="etegrec", **{**given, **more})
+
+
+@pytest.fixture(scope="module")
+def earlier(tmp_path_factory: pytest.TempPathFactory, tiny_data: Dataset, quick_compile: None) -> LoadedRun:
+    """A run on --semantic_ids whose codes have moved since, as its turns move them."""
+    path = tmp_path_factory.mktemp("earlier")
+    system = systems.get("etegrec")
+    config = system.resolve(asked(semantic_ids=folder(path / "ids", tiny_data, "rqvae")), Scale.of(tiny_data))
+    recommender = system.recommender(config, tiny_data, None)
+    graphdef, state = abstract(recommender)
+    model: Any = nnx.merge(graphdef, zeros(state))
+    codes_NL = with_suffix(np.random.default_rng(9).integers(0, 6, (NUM_ITEMS, 2)), 32)
+    nnx.update(model.ids, nnx.state(build(codes_NL, (6, 6, 32), recommender.spec.table)))
+    run, described = RunFolder(path / "run"), describe(recommender, config, tiny_data, None, path / "run")
+    run.path.mkdir()
+    run.write(to_mapping(config), described)
+    return LoadedRun(run, 1, config, recommender, *nnx.split(model), described)
+
+
+def test_an_earlier_runs_codes_and_tokenizer_are_taken_over(earlier: LoadedRun, tiny_data: Dataset) -> None:
+    """Its vectors are of another width, its tokenizer of other layers than the defaults; its codes are no file's."""
+    system, scale = systems.get("etegrec"), Scale.of(tiny_data)
+    config = system.resolve(asked(load_checkpoint=f"{earlier.where}/1"), scale)
+    recommender = system.recommender(config, tiny_data, earlier)
+    model: Any = adopt(earlier, recommender, system, 0)
+    before: Any = earlier.model
+    assert version_name(model.ids.version[...]) == version_name(before.ids.version[...])
+    assert model.tokenizer.config.input_dim == 10 and config.levels is None
+    given = asked(load_checkpoint=str(earlier.where), semantic_ids=earlier.config.semantic_ids)
+    with pytest.raises(UserError, match=r"leave --semantic_ids out: the checkpoint holds its own"):
+        system.recommender(system.resolve(given, scale), tiny_data, earlier)
+    wide = system.resolve(asked(load_checkpoint=str(earlier.where), code_dim=16), scale)
+    with pytest.raises(UserError, match=r"(?s)model.code_dim: 8 ≠ 16.*which stand in .*run.config.yaml"):
+        adopt(earlier, system.recommender(wide, tiny_data, earlier), system, 0)
+
+
+def test_a_run_without_codes_has_none_to_take_over(earlier: LoadedRun, tiny_data: Dataset, tmp_path: Path) -> None:
+    for described, message in (
+        ({**earlier.description, "recommender": "sasrec"}, "is a checkpoint of --recommender sasrec; give that"),
+        ({**earlier.description, "spec": {}}, r"model.json: damaged, or written by another version"),
+    ):
+        RunFolder(tmp_path).write({}, described)
+        with pytest.raises(UserError, match=message):
+            systems.get("etegrec").resolve(asked(load_checkpoint=str(tmp_path)), Scale.of(tiny_data))
