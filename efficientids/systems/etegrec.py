@@ -42,6 +42,7 @@ from efficientids.systems.semantic_ids import (
     code_shapes,
     contents,
     prompt_template,
+    refuse_idle,
     resolve_levels,
 )  # fmt: skip
 
@@ -59,6 +60,7 @@ class ETEGRecSystem:
         llama, items = llama_config(config), config.max_seq_len or MAX_ITEMS
         config = resolve_levels(config, scale.num_items)
         codes = code_shapes(config)
+        refuse_idle(config, codes)
         template = prompt_template(config, llama)
         around = 1 if template is None else len(template.prefix) + len(template.suffix)
         positions = around + items * len(codes.level_sizes)
@@ -76,10 +78,11 @@ class ETEGRecSystem:
         assert config.num_steps is not None
         turn = _turn(config, codes, epoch)
         epochs = config.num_steps / epoch
+        aligned_from = min(_ALIGNED_FROM, epochs / 4) if config.aligned_from is None else config.aligned_from
         return dataclasses.replace(
             config,
             num_steps=turn * max(1, round(config.num_steps / turn)),
-            aligned_from=min(_ALIGNED_FROM, epochs / 4) if config.aligned_from is None else config.aligned_from,
+            aligned_from=None if codes.rqvae is None else aligned_from,
             finetune_epochs=epochs / 5 if config.finetune_epochs is None else config.finetune_epochs,
         )
 
@@ -192,7 +195,7 @@ def _alternates(config: TrainConfig, codes: CodeShapes) -> bool:
 
 def _turns(config: TrainConfig, scale: Scale, codes: CodeShapes) -> Turns:
     assert config.num_steps is not None and config.learning_rate is not None and config.warmup_steps is not None
-    assert config.aligned_from is not None and config.finetune_epochs is not None
+    assert config.finetune_epochs is not None
     epoch = base.steps_per_epoch(scale.train_lengths, base.buckets_of(config, _items(config)))
     turn = _turn(config, codes, epoch)
     finetune = math.ceil(config.finetune_epochs * epoch)
@@ -206,7 +209,7 @@ def _turns(config: TrainConfig, scale: Scale, codes: CodeShapes) -> Turns:
         rounds=rounds,
         tokenizer_steps=tokenizer_steps,
         recommender_steps=turn,
-        aligned_from=math.ceil(config.aligned_from * epoch),
+        aligned_from=math.ceil((config.aligned_from or 0.0) * epoch),
         tokenizer=optimizer(config.tokenizer_learning_rate, rounds * tokenizer_steps),
         code_loss=config.code_loss,
         kl_loss=config.kl_loss,

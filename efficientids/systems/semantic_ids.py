@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -30,6 +31,11 @@ from efficientids.tokenizing.tokenizer import Tokenizer, open_tokenizer
 from efficientids.tokenizing.vectors import COOCCURRENCE_DIM, from_histories, joined
 
 _HISTORY = "{history}"
+_OF_MAKING = ("levels", "suffix_size", "residual_grad", "pretrain_epochs")
+_OF_TURNS = (
+    "kl_loss", "dec_cl_loss", "sia_sign", "aligned_from", "tokenizer_epochs", "recommender_epochs",
+    "tokenizer_learning_rate",
+)  # fmt: skip
 _LEVELS, _CODES, _ITEMS_A_CODE = 3, 256, 4
 
 
@@ -89,6 +95,33 @@ def _earlier_codes(checkpoint: str) -> CodeShapes:
     except (KeyError, TypeError, ValueError) as error:
         raise run.damaged(error) from error
     return CodeShapes(known.model.level_sizes, known.tokenizer)
+
+
+def refuse_idle(config: TrainConfig, codes: CodeShapes) -> None:
+    """Refuses flags that nothing would read, by where the codes come from and what came with them.
+
+    With --load_checkpoint the earlier run's own flags may be given again.
+
+    Raises:
+        UserError: names the flag and what to do.
+    """
+    if config.semantic_ids is not None:
+        _refuse(config, _OF_MAKING, f"--semantic_ids {config.semantic_ids} has its codes", "; or tokenize again")
+    elif config.load_checkpoint is not None:
+        run, _ = locate(config.load_checkpoint)
+        _refuse(config, _OF_MAKING, f"the codes are those of {run.path}", "", run.read_config())
+    if codes.rqvae is None:
+        _refuse(config, _OF_TURNS, "these semantic IDs come without an RQ-VAE to train or to align with",
+                ", or take IDs of `tokenize --method rqvae`")  # fmt: skip
+
+
+def _refuse(
+    config: TrainConfig, names: Sequence[str], why: str, remedy: str, known: Mapping[str, Any] | None = None
+) -> None:
+    for name in names:
+        value, default = getattr(config, name), getattr(TrainConfig, name)
+        if value not in (default, (known or {}).get(name, default)):
+            raise UserError(f"--{name} {value} would do nothing: {why}; leave it out{remedy}")
 
 
 def contents(config: TrainConfig, dataset: Dataset) -> Contents:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import typing
 from pathlib import Path
 from typing import Any
@@ -127,3 +128,54 @@ def test_a_run_without_codes_has_none_to_take_over(earlier: LoadedRun, tiny_data
         RunFolder(tmp_path).write({}, described)
         with pytest.raises(UserError, match=message):
             systems.get("etegrec").resolve(asked(load_checkpoint=str(tmp_path)), Scale.of(tiny_data))
+
+
+@pytest.mark.parametrize(
+    ("flag", "value"), [("levels", "7,7"), ("suffix_size", 8), ("residual_grad", "passthrough"), ("pretrain_epochs", 3)]
+)
+def test_flags_that_make_codes_are_refused_where_there_are_some(
+    flag: str, value: Any, earlier: LoadedRun, tiny_data: Dataset
+) -> None:
+    system, scale, given = systems.get("etegrec"), Scale.of(tiny_data), {flag: value}
+    with pytest.raises(UserError, match=f"--{flag} {value} would do nothing: --semantic_ids .* tokenize again"):
+        system.resolve(asked(semantic_ids=earlier.config.semantic_ids, **given), scale)
+    with pytest.raises(UserError, match=f"--{flag} {value} would do nothing: the codes are those of .*run; leave"):
+        system.resolve(asked(load_checkpoint=str(earlier.where), **given), scale)
+
+
+@pytest.mark.parametrize(
+    ("flag", "value"),
+    [
+        ("kl_loss", 0.1),
+        ("dec_cl_loss", 0.1),
+        ("sia_sign", "released"),
+        ("aligned_from", 1.0),
+        ("tokenizer_epochs", 2.0),
+        ("recommender_epochs", 2.0),
+        ("tokenizer_learning_rate", 0.1),
+    ],
+)
+def test_flags_of_an_rqvae_are_refused_without_one(
+    flag: str, value: Any, imported: Path, earlier: LoadedRun, tiny_data: Dataset
+) -> None:
+    system, scale, given = systems.get("etegrec"), Scale.of(tiny_data), {flag: value}
+    with pytest.raises(UserError, match=f"--{flag} {value} would do nothing: .* without an RQ-VAE.*--method rqvae"):
+        system.resolve(asked(semantic_ids=imported, **given), scale)
+    assert getattr(system.resolve(asked(semantic_ids=earlier.config.semantic_ids, **given), scale), flag) == value
+
+
+@pytest.fixture(scope="module")
+def imported(tmp_path_factory: pytest.TempPathFactory, tiny_data: Dataset) -> Path:
+    """Codes that came without a tokenizer."""
+    return folder(tmp_path_factory.mktemp("imported") / "ids", tiny_data, "imported")
+
+
+def test_an_earlier_runs_flags_may_be_given_again(tiny_data: Dataset, tmp_path: Path) -> None:
+    system, scale = systems.get("etegrec"), Scale.of(tiny_data)
+    first = system.resolve(asked(levels="6,6", suffix_size=32, pretrain_epochs=3), scale)
+    run = RunFolder(tmp_path)
+    run.write(to_mapping(first), describe(system.planned(first, scale), first, tiny_data, None, tmp_path))
+    second = dataclasses.replace(first, load_checkpoint=str(tmp_path))
+    assert system.resolve(second, scale) == second
+    with pytest.raises(UserError, match="--pretrain_epochs 4 would do nothing"):
+        system.resolve(dataclasses.replace(second, pretrain_epochs=4), scale)
