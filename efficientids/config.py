@@ -103,7 +103,7 @@ def check(config: TrainConfig) -> None:
     contradictions = (
         (config.head == "full" and (config.clustering is not None or config.num_clusters is not None),
          "--head full has no clusters; leave --clustering and --num_clusters out, or use --head two_level"),
-        (config.item_text == "none"
+        (config.item_text == "none" and "item_text" in READS[config.recommender]
          and (bool(config.text_loss_weight) or config.tokenizer is not None or config.item_template is not None),
          "--text_loss_weight, --tokenizer and --item_template need --item_text title"),
         (config.max_seq_len == 1, "--max_seq_len 1: at least 2, one item to read and one to predict"),

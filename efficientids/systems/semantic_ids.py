@@ -24,7 +24,7 @@ from efficientids.recommenders.etegrec_model import Contents, ETEGRecSpec
 from efficientids.recommenders.shapes import power_of_two
 from efficientids.runs import locate
 from efficientids.systems.base import Earlier
-from efficientids.systems.llama import text_tokenizer_file, weights_folder
+from efficientids.systems.llama import published_tokenizer, text_tokenizer_file
 from efficientids.tokenizing.making import make_tokenizer
 from efficientids.tokenizing.settings import TokenizerSettings
 from efficientids.tokenizing.tokenizer import Tokenizer, open_tokenizer
@@ -160,13 +160,15 @@ def prompt_template(config: TrainConfig, llama: LlamaConfig) -> Template | None:
     """The --prompt as tokens; None without one.
 
     Raises:
-        UserError: it does not say where the history stands, or there is no tokenizer to read it with.
+        UserError: it does not say where the history stands, there is no tokenizer to read it with, or one without it.
     """
     if config.prompt is None:
+        if config.tokenizer is not None:
+            raise UserError(f"--tokenizer {config.tokenizer} would do nothing: it reads a --prompt; leave it out")
         return None
     if config.prompt.count(_HISTORY) != 1:
         raise UserError(f"--prompt {config.prompt!r}: say once where the history stands, with {_HISTORY}")
-    file = text_tokenizer_file(config, "--prompt") or weights_folder(config) / "tokenizer.json"
+    file = text_tokenizer_file(config, "--prompt") or published_tokenizer(config)
     prefix, suffix = _tokens(file, *config.prompt.split(_HISTORY))
     check_vocabulary(file, max(*prefix, *suffix, 0), llama.vocab_size)
     return Template(prefix, suffix)

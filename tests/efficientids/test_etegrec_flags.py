@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import typing
 from pathlib import Path
 from typing import Any
@@ -14,21 +15,25 @@ import pytest
 from flax import nnx
 
 from core.code_tables import build
+from core.llama_loader import LlamaLoader
 from core.rqvae import RQVAE, RQVAEConfig
 from core.semantic_ids import version_name
 from core.suffixes import with_suffix
 from efficientids import systems
-from efficientids.config import to_mapping
+from efficientids.config import parse, to_mapping
 from efficientids.data.dataset import Dataset
 from efficientids.data.generated import generate
 from efficientids.errors import UserError
 from efficientids.loading import LoadedRun, adopt
 from efficientids.options import RunOptions, TrainConfig
+from efficientids.planning.cli import main as plan
 from efficientids.runs import RunFolder
-from efficientids.systems.base import Scale, abstract, describe
+from efficientids.systems.base import Scale, abstract, describe, refuse_unread
 from efficientids.tokenizing.tokenizer import Tokenizer, fill, parameters_of, with_padding
 from efficientids.tokenizing.vectors import Standard
-from tests.efficientids.tiny import NUM_ITEMS
+from tests.conftest import ROOT
+from tests.efficientids.test_main_job import tokenizer
+from tests.efficientids.tiny import NUM_ITEMS, flags
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
@@ -179,3 +184,43 @@ def test_an_earlier_runs_flags_may_be_given_again(tiny_data: Dataset, tmp_path: 
     assert system.resolve(second, scale) == second
     with pytest.raises(UserError, match="--pretrain_epochs 4 would do nothing"):
         system.resolve(dataclasses.replace(second, pretrain_epochs=4), scale)
+
+
+@pytest.fixture(scope="module")
+def words(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tokenizer.json of a few words."""
+    place = tmp_path_factory.mktemp("words")
+    tokenizer(place, ["The user has bought: Next, the buys:"])
+    return place / "tokenizer.json"
+
+
+@pytest.mark.parametrize("name", ["etegrec_llama2_7b_5090", "etegrec_llama2_7b_text_5090"])
+def test_the_configurations_of_a_7b_plan_without_its_weights(
+    name: str, words: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = flags(tokenizer=words) if "text" in name else []
+    given = flags(config=ROOT / "configs" / f"{name}.yaml", plan_by="estimate")
+    assert plan([*given, *text, "--quick", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["fits"] and 6.7e9 < found["estimate"]["parameters"] < 7e9
+
+
+def test_a_prompt_of_a_published_size_needs_its_tokenizer_alone(words: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def folder(self: Any) -> Path:
+        raise AssertionError("the weights were asked for")
+
+    monkeypatch.setattr(LlamaLoader, "folder", folder)
+    monkeypatch.setattr(LlamaLoader, "tokenizer_folder", lambda self: words.parent)
+    config = asked(llama_size="7b", prompt="The user has bought: {history}")
+    assert systems.get("etegrec").resolve(config, Scale()).tokenizer is None
+
+
+def test_a_tokenizer_goes_with_a_prompt(words: Path, tmp_path: Path) -> None:
+    given = flags(recommender="etegrec", tokenizer=words)
+    config = parse([*given, "--prompt=The user has bought: {history} Next"])
+    resolved = systems.get("etegrec").resolve(config, Scale())
+    assert resolved.seq_len == 1 + 5 + 20 * 4 + 1  # the start, five words, the codes, a word
+    with pytest.raises(UserError, match=r"--tokenizer .* would do nothing: it reads a --prompt"):
+        systems.get("etegrec").resolve(parse(given), Scale())
+    with pytest.raises(UserError, match="--tokenizer has no meaning with --recommender sasrec"):
+        refuse_unread(parse(flags(recommender="sasrec", tokenizer=words)))
