@@ -20,7 +20,7 @@ from core.rqvae import RQVAE, RQVAEConfig
 from core.semantic_ids import version_name
 from core.suffixes import with_suffix
 from efficientids import systems
-from efficientids.config import parse, to_mapping
+from efficientids.config import from_mapping, parse, to_mapping
 from efficientids.data.dataset import Dataset
 from efficientids.data.generated import generate
 from efficientids.errors import UserError
@@ -173,6 +173,16 @@ def test_flags_of_an_rqvae_are_refused_without_one(
 def imported(tmp_path_factory: pytest.TempPathFactory, tiny_data: Dataset) -> Path:
     """Codes that came without a tokenizer."""
     return folder(tmp_path_factory.mktemp("imported") / "ids", tiny_data, "imported")
+
+
+def test_a_configuration_with_semantic_ids_is_read_again(
+    earlier: LoadedRun, imported: Path, tiny_data: Dataset, tmp_path: Path
+) -> None:
+    system, scale = systems.get("etegrec"), Scale.of(tiny_data)
+    for config in (earlier.config, system.resolve(asked(semantic_ids=imported), scale)):
+        again = from_mapping(to_mapping(config), tmp_path)
+        refuse_unread(again)
+        assert system.resolve(again, scale) == config
 
 
 def test_an_earlier_runs_flags_may_be_given_again(tiny_data: Dataset, tmp_path: Path) -> None:
