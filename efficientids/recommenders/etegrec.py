@@ -163,7 +163,10 @@ class ETEGRec:
         try:
             made = code_table(codes_NL, self.spec.table)
         except ValueError as error:
-            raise UserError(f"after the tokenizer's turn: {error} (--suffix_size)") from error
+            raise UserError(
+                f"after the tokenizer's turn: {error}: tokenize again with a larger --suffix_size, or, without "
+                "--semantic_ids, train again with one"
+            ) from error
         nnx.update(model.ids, nnx.state(made))
         return model
 

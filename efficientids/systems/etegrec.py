@@ -124,7 +124,10 @@ class ETEGRecSystem:
         try:
             return recommender.filled(model)
         except ValueError as error:
-            raise UserError(f"--semantic_ids: {error}") from error
+            made = (
+                "the pretrained tokenizer" if config.semantic_ids is None else f"--semantic_ids {config.semantic_ids}"
+            )
+            raise UserError(f"{made}: {error}") from error
 
     def planned(self, config: TrainConfig, scale: Scale) -> ETEGRec:
         """See `System.planned`."""

@@ -223,7 +223,10 @@ def test_a_bucket_that_overflows_is_named(start: tuple[ETEGRec, ETEGRecModel, Tr
     copy = nnx.merge(graphdef, jax.tree.map(jnp.array, state))
     copy.vectors_NI[...] = jnp.zeros_like(copy.vectors_NI[...])  # all alike
     small = ETEGRec(dataclasses.replace(recommender.spec, table=shape))
-    with pytest.raises(UserError, match=r"after the tokenizer's turn: .* but the suffix level .*--suffix_size"):
+    with pytest.raises(
+        UserError,
+        match=r"after the tokenizer's turn: .* but the suffix level .* tokenize again with a larger --suffix_size",
+    ):
         small.reindex(copy)
 
 

@@ -27,6 +27,7 @@ from efficientids.errors import UserError
 from efficientids.loading import LoadedRun, adopt
 from efficientids.options import RunOptions, TrainConfig
 from efficientids.planning.cli import main as plan
+from efficientids.recommenders.etegrec import ETEGRec
 from efficientids.runs import RunFolder
 from efficientids.systems.base import Scale, abstract, describe, refuse_unread
 from efficientids.tokenizing.tokenizer import Tokenizer, fill, parameters_of, with_padding
@@ -234,3 +235,20 @@ def test_a_tokenizer_goes_with_a_prompt(words: Path, tmp_path: Path) -> None:
         systems.get("etegrec").resolve(parse(given), Scale())
     with pytest.raises(UserError, match="--tokenizer has no meaning with --recommender sasrec"):
         refuse_unread(parse(flags(recommender="sasrec", tokenizer=words)))
+
+
+def test_codes_that_do_not_fit_are_blamed_on_what_gave_them(
+    earlier: LoadedRun, tiny_data: Dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuses(*_: Any) -> Any:
+        raise ValueError("no room")
+
+    system = systems.get("etegrec")
+    monkeypatch.setattr("efficientids.systems.etegrec.start", lambda *_: earlier.model)
+    monkeypatch.setattr(ETEGRec, "filled", refuses)
+    for config, message in (
+        (earlier.config, r"^--semantic_ids .*ids: no room"),
+        (dataclasses.replace(earlier.config, semantic_ids=None), "^the pretrained tokenizer: no room"),
+    ):
+        with pytest.raises(UserError, match=message):
+            system.start(earlier.recommender, config)
