@@ -109,7 +109,7 @@ class TrainingOptions:
     """How long, how fast, how much at a time."""
 
     num_steps: int | None = None
-    """Optimiser steps. Exclusive with --epochs."""
+    """Optimiser steps; of etegrec's recommender alone, and rounded to whole turns of it. Exclusive with --epochs."""
     epochs: float | None = None
     """Passes over the users. Default: 10, with no --num_steps."""
     batch_size: int | None = None
@@ -233,7 +233,7 @@ class SemanticIDOptions:
     tokenizer_epochs: float = 1.0
     """Of the tokenizer's turn, before each turn of the recommender; 0: no alternation."""
     recommender_epochs: float = 1.0
-    """Of the recommender's turn."""
+    """Of the recommender's turn; --epochs and --num_steps are rounded to whole turns."""
     aligned_from: float | None = None
     """Epochs of the recommender without alignment losses. Default: 10, or a quarter of --epochs if that is less."""
     code_loss: float = 1.0

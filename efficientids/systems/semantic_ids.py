@@ -132,22 +132,29 @@ def contents(config: TrainConfig, dataset: Dataset) -> Contents:
     """
     if config.semantic_ids is not None:
         found = _opened(config.semantic_ids, dataset)
+        widths = () if found.standard is None else found.standard.widths
+        source = f" of item vectors with {' + '.join(map(str, widths))} columns" if widths else ""
+        source = f"--semantic_ids {config.semantic_ids}, {found.method}{source}"
     else:
+        source = f"an RQ-VAE of {COOCCURRENCE_DIM} columns from which items are consumed near which"
+        _say(f"no --semantic_ids: {source}")
         vectors = joined([("cooccurrence", from_histories(dataset, COOCCURRENCE_DIM, config.seed))])
         found = make_tokenizer(vectors, _settings(config), _say)
+    _say(f"codes of version {found.version}: {source}")
     rqvae = None if found.rqvae is None else found.rqvae_model()
     return Contents(np.asarray(found.codes_NL[1:]), rqvae, None if rqvae is None else found.vectors_NI)
 
 
 def check_same_codes(config: TrainConfig, dataset: Dataset, earlier: Earlier) -> None:
-    """Refuses --semantic_ids of another version than the codes that `earlier`'s parameters were trained on.
+    """Says which codes `earlier`'s parameters were trained on, and refuses --semantic_ids of another version.
 
     Raises:
         UserError: names both versions.
     """
-    if config.semantic_ids is None:
-        return
     trained_on = version_name(earlier.model.ids.version[...])  # type: ignore[attr-defined]
+    if config.semantic_ids is None:
+        _say(f"codes of version {trained_on}: the checkpoint's")
+        return
     given = _opened(config.semantic_ids, dataset).version
     if given != trained_on:
         raise UserError(

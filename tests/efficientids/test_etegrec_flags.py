@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import typing
 from pathlib import Path
 from typing import Any
@@ -30,8 +31,10 @@ from efficientids.planning.cli import main as plan
 from efficientids.recommenders.etegrec import ETEGRec
 from efficientids.runs import RunFolder
 from efficientids.systems.base import Scale, abstract, describe, refuse_unread
+from efficientids.systems.semantic_ids import contents
 from efficientids.tokenizing.tokenizer import Tokenizer, fill, parameters_of, with_padding
 from efficientids.tokenizing.vectors import Standard
+from efficientids.train import _steps
 from tests.conftest import ROOT
 from tests.efficientids.test_main_job import tokenizer
 from tests.efficientids.tiny import NUM_ITEMS, flags
@@ -109,11 +112,15 @@ def earlier(tmp_path_factory: pytest.TempPathFactory, tiny_data: Dataset, quick_
     return LoadedRun(run, 1, config, recommender, *nnx.split(model), described)
 
 
-def test_an_earlier_runs_codes_and_tokenizer_are_taken_over(earlier: LoadedRun, tiny_data: Dataset) -> None:
+def test_an_earlier_runs_codes_and_tokenizer_are_taken_over(
+    earlier: LoadedRun, tiny_data: Dataset, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Its vectors are of another width, its tokenizer of other layers than the defaults; its codes are no file's."""
     system, scale = systems.get("etegrec"), Scale.of(tiny_data)
     config = system.resolve(asked(load_checkpoint=f"{earlier.where}/1"), scale)
+    capsys.readouterr()
     recommender = system.recommender(config, tiny_data, earlier)
+    assert re.fullmatch(r"tokenizer: codes of version \w{16}: the checkpoint's\n", capsys.readouterr().out)
     model: Any = adopt(earlier, recommender, system, 0)
     before: Any = earlier.model
     assert version_name(model.ids.version[...]) == version_name(before.ids.version[...])
@@ -252,3 +259,21 @@ def test_codes_that_do_not_fit_are_blamed_on_what_gave_them(
     ):
         with pytest.raises(UserError, match=message):
             system.start(earlier.recommender, config)
+
+
+def test_all_steps_are_announced_and_which_codes(
+    imported: Path, earlier: LoadedRun, tiny_data: Dataset, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The tokenizer's turns and fine-tuning, too; 60 users in steps of 8 are 8 steps an epoch."""
+    system, scale = systems.get("etegrec"), Scale.of(tiny_data)
+    given = asked(epochs=None, num_steps=20, length_buckets=1, finetune_epochs=0.5)
+    config = system.resolve(given, scale)
+    assert _steps(system.planned(config, scale).plan(), given, config) == (
+        "36 steps (tokenizer 2 × 8, recommender 2 × 8, finetune 4); --num_steps 20 are 16 in whole turns; each"
+    )
+    plain = TrainConfig(num_steps=5)
+    resolved = systems.get("efficientids").resolve(plain, scale)
+    assert _steps(systems.get("efficientids").planned(resolved, scale).plan(), plain, resolved) == "5 steps"
+    for ids, words in ((earlier.config.semantic_ids, r"rqvae of item vectors with 10 columns"), (imported, "imported")):
+        contents(system.resolve(asked(semantic_ids=ids), scale), tiny_data)
+        assert re.search(rf"codes of version \w{{16}}: --semantic_ids .*, {words}\n", capsys.readouterr().out)
