@@ -78,11 +78,9 @@ def main(arguments: Sequence[str], prog: str = "train_llama.py", what: str | Non
         mesh = mesh_of_run(config)
         if mesh is not None and mesh.devices.flat[0].platform == "gpu":
             check_shared_memory(jax.local_device_count())
-        mode = system.mode(asked, config)
-        log = RunLog(run.metrics, config.log_every, speaks=processes.is_first())
-        log.say(
-            _announce(config, system, dataset, mode, why, _steps(system.planned(config, scale).plan(), asked, config))
-        )
+        mode, log = system.mode(asked, config), RunLog(run.metrics, config.log_every, speaks=processes.is_first())
+        steps = _steps(system.planned(config, scale).plan(), asked, config)
+        log.say(_announce(config, system, dataset, mode, why, steps))
         predicted = predicted_peak(asked, system, scale)
         recommender, model, frozen_weights = _start(config, system, dataset, run, log, mesh)
         if config.check_gradients:
