@@ -154,12 +154,24 @@ class LlamaLoader:
                     + _ACCESS.format(page=page)
                 )
             return Path(self.path)
+        return self._published(_download)
+
+    def tokenizer_folder(self) -> Path:
+        """A folder with the files of the text tokenizer; of a size they alone are downloaded, megabytes.
+
+        Raises:
+            WeightsNotFound, CheckpointError: as `folder`.
+        """
+        return self.folder() if self.path is not None else self._published(_download_tokenizer)
+
+    def _published(self, download: Callable[[str, str | None], Path]) -> Path:
+        """What `download` gets of the size's repository and revision."""
         assert self.model_size is not None
         repo = LLAMA_SIZES[self.model_size].hf_id
         if repo is None:
             raise WeightsNotFound(f"Llama size {self.model_size!r} has no published weights: it starts at random")
         try:
-            return _download(repo, self.revision)
+            return download(repo, self.revision)
         except CheckpointError:
             raise
         except Exception as error:  # the hub's client raises those of its HTTP library too, which differs by version
@@ -190,18 +202,28 @@ def _check_room(repo: str, fetch: Callable[..., Any]) -> None:
 
 def _download(repo: str, revision: str | None) -> Path:
     """The snapshot of a repository, from the cache where it is complete; `.bin` files only where no others exist."""
+    beside = ("*.json", "tokenizer.model")
+    folder = _snapshot(repo, revision, "*.safetensors", *beside)
+    if any(folder.glob("*.safetensors")):
+        return folder
+    return _snapshot(repo, revision, "pytorch_model*.bin", *beside)
+
+
+def _download_tokenizer(repo: str, revision: str | None) -> Path:
+    """The same without weights: what `tokenizer.json` and the start of a sequence are read from."""
+    return _snapshot(repo, revision, "tokenizer.json", "tokenizer_config.json", "config.json")
+
+
+def _snapshot(repo: str, revision: str | None, *patterns: str) -> Path:
+    """The folder of a repository's snapshot, with the files that match."""
     from huggingface_hub import snapshot_download
 
-    def get(*patterns: str) -> Path:
-        # Sub-folders hold the same weights in other formats.
-        fetch = functools.partial(
-            snapshot_download, repo, revision=revision, allow_patterns=list(patterns), ignore_patterns=["*/*"]
-        )
-        _check_room(repo, fetch)
-        return Path(fetch())
-
-    folder = get("*.safetensors", "*.json", "tokenizer.model")
-    return folder if any(folder.glob("*.safetensors")) else get("pytorch_model*.bin", "*.json", "tokenizer.model")
+    # Sub-folders hold the same weights in other formats.
+    fetch = functools.partial(
+        snapshot_download, repo, revision=revision, allow_patterns=list(patterns), ignore_patterns=["*/*"]
+    )
+    _check_room(repo, fetch)
+    return Path(fetch())
 
 
 def abstract_model(config: LlamaConfig, compute: Compute, init: Init) -> tuple[FunctionalModel, nnx.State]:

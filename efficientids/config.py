@@ -103,7 +103,7 @@ def check(config: TrainConfig) -> None:
     contradictions = (
         (config.head == "full" and (config.clustering is not None or config.num_clusters is not None),
          "--head full has no clusters; leave --clustering and --num_clusters out, or use --head two_level"),
-        (config.item_text == "none"
+        (config.item_text == "none" and "item_text" in READS[config.recommender]
          and (bool(config.text_loss_weight) or config.tokenizer is not None or config.item_template is not None),
          "--text_loss_weight, --tokenizer and --item_template need --item_text title"),
         (config.max_seq_len == 1, "--max_seq_len 1: at least 2, one item to read and one to predict"),
@@ -155,15 +155,17 @@ def _check_devices(config: TrainConfig) -> None:
 def to_mapping(config: TrainConfig) -> dict[str, Any]:
     """The configuration as plain values by flag name: what config.yaml holds and `--config` reads.
 
-    Without a plan's own flags: they say nothing of a run.
+    Without a plan's own flags, which say nothing of a run, and those that the recommender does not read: it would
+    refuse them (ETEGRec's `resolve` counts positions in `seq_len`, which is no flag of its own).
     """
     plans = {field.name for field in dataclasses.fields(PlanOptions)}
-    values = {name: value for name, value in dataclasses.asdict(config).items() if name not in plans}
+    kept = READS[config.recommender] - plans
+    values = {name: value for name, value in dataclasses.asdict(config).items() if name in kept}
     return {name: str(value) if isinstance(value, Path) else value for name, value in values.items()}
 
 
 def from_mapping(values: dict[str, Any], source: Path) -> TrainConfig:
-    """The inverse of `to_mapping`; `source` names the file in errors."""
+    """The inverse of `to_mapping`, for what the recommender reads; `source` names the file in errors."""
     return parse(_flat(_mapping_arguments(values, source)))
 
 

@@ -117,7 +117,7 @@ def open_saved(
         restored = systems.get(described["recommender"]).restored
         recommender = restored(described["spec"], like or config, described["precision"])
     except (KeyError, TypeError, ValueError) as error:
-        raise _damaged(run, error) from error
+        raise run.damaged(error) from error
     graphdef, state = abstract(recommender)
     saved = state if frozen is None else nnx.filter_state(state, nnx.Not(in_base))
     params = checkpoints.restore(run.checkpoints, step, saved, mesh)
@@ -136,7 +136,7 @@ def _description(run: RunFolder) -> dict[str, Any]:
         if not all(isinstance(text, str) for text in texts):
             raise TypeError(f"expected texts, found {texts}")
     except (KeyError, TypeError) as error:
-        raise _damaged(run, error) from error
+        raise run.damaged(error) from error
     return described
 
 
@@ -152,10 +152,6 @@ def _check_semantic_ids(run: RunFolder, step: int, model: nnx.Module) -> None:
             raise UserError(
                 f"{run.checkpoints / str(step)}: {name}: {error}. The checkpoint is damaged; take another (--step)"
             ) from error
-
-
-def _damaged(run: RunFolder, error: Exception) -> UserError:
-    return UserError(f"{run.path / 'model.json'}: damaged, or written by another version ({error!r})")
 
 
 def frozen_folder(loaded: LoadedRun) -> Path | None:
@@ -212,7 +208,7 @@ def adopt(
         listed = "\n  ".join(differing)
         raise UserError(
             f"--load_checkpoint {loaded.where} is a checkpoint of another model (its value ≠ this run's):\n  "
-            f"{listed}\nGive the flags of the run that wrote it (--llama_size, --weights, --head, --item_dim, …)"
+            f"{listed}\nGive the flags of the run that wrote it, which stand in {loaded.where / 'config.yaml'}"
         )
     if not one_has_none:
         return nnx.merge(graphdef, loaded.params)

@@ -109,7 +109,7 @@ class TrainingOptions:
     """How long, how fast, how much at a time."""
 
     num_steps: int | None = None
-    """Optimiser steps. Exclusive with --epochs."""
+    """Optimiser steps; of etegrec's recommender alone, and rounded to whole turns of it. Exclusive with --epochs."""
     epochs: float | None = None
     """Passes over the users. Default: 10, with no --num_steps."""
     batch_size: int | None = None
@@ -217,8 +217,9 @@ class SemanticIDOptions:
     semantic_ids: Path | None = None
     """The folder that `python -m efficientids tokenize` made. Default: a tokenizer is pretrained on co-occurrence
     vectors of the training histories at the start."""
-    levels: str = "256,256,256"
-    """Codes of each level of the tokenizer; without --semantic_ids."""
+    levels: str | None = None
+    """Codes of each level of the tokenizer; without --semantic_ids. Default: 256,256,256; below 1,024 items thrice the
+    largest power of two that is at most a quarter of them, so that a code starts from four items or more."""
     pretrain_epochs: int = 100
     """Of the tokenizer alone, before all else; without --semantic_ids."""
     suffix_size: int = 256
@@ -232,7 +233,7 @@ class SemanticIDOptions:
     tokenizer_epochs: float = 1.0
     """Of the tokenizer's turn, before each turn of the recommender; 0: no alternation."""
     recommender_epochs: float = 1.0
-    """Of the recommender's turn."""
+    """Of the recommender's turn; --epochs and --num_steps are rounded to whole turns."""
     aligned_from: float | None = None
     """Epochs of the recommender without alignment losses. Default: 10, or a quarter of --epochs if that is less."""
     code_loss: float = 1.0

@@ -125,6 +125,10 @@ class RunFolder:
         """`model.json`."""
         return _read(self.path / "model.json", json.loads)
 
+    def damaged(self, error: Exception) -> UserError:
+        """What to raise where `model.json` is read, but lacks what it should say."""
+        return UserError(f"{self.path / 'model.json'}: damaged, or written by another version ({error!r})")
+
     def read_config(self) -> dict[str, Any]:
         """`config.yaml`."""
         return _read(self.path / "config.yaml", yaml.safe_load)

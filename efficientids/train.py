@@ -36,7 +36,7 @@ from efficientids.planning.plan import plan
 from efficientids.planning.start import log_peak, predicted_peak
 from efficientids.preflight.gpu import check_gpu, check_shared_memory
 from efficientids.preflight.room import check_room
-from efficientids.recommenders.base import Recommender, in_base
+from efficientids.recommenders.base import Cycle, Phase, Recommender, in_base, turns
 from efficientids.runs import RunFolder
 from efficientids.systems.base import Scale, System, describe, refuse_unread
 from efficientids.systems.llama import base_is_frozen, weights_folder
@@ -78,9 +78,9 @@ def main(arguments: Sequence[str], prog: str = "train_llama.py", what: str | Non
         mesh = mesh_of_run(config)
         if mesh is not None and mesh.devices.flat[0].platform == "gpu":
             check_shared_memory(jax.local_device_count())
-        mode = system.mode(asked, config)
-        log = RunLog(run.metrics, config.log_every, speaks=processes.is_first())
-        log.say(_announce(config, system, dataset, mode, why))
+        mode, log = system.mode(asked, config), RunLog(run.metrics, config.log_every, speaks=processes.is_first())
+        steps = _steps(system.planned(config, scale).plan(), asked, config)
+        log.say(_announce(config, system, dataset, mode, why, steps))
         predicted = predicted_peak(asked, system, scale)
         recommender, model, frozen_weights = _start(config, system, dataset, run, log, mesh)
         if config.check_gradients:
@@ -115,7 +115,19 @@ def _dataset(config: TrainConfig, run: Path) -> Dataset:
     return Dataset.open(Path(processes.by_first(lambda: str(generate().write(run / "data").path))))
 
 
-def _announce(config: TrainConfig, system: System, dataset: Dataset, mode: str | None, why: str) -> str:
+def _steps(plan: Sequence[Phase | Cycle], asked: TrainConfig, config: TrainConfig) -> str:
+    """How many steps a run takes in all, by phase where there are several or turns of them."""
+    found = turns(plan)
+    words = f"{sum(phase.num_steps * repeats for phase, repeats in found):,} steps"
+    if len(found) > 1 or any(repeats > 1 for _, repeats in found):
+        phases = (f"{phase.name} {f'{repeats} × ' * (repeats > 1)}{phase.num_steps:,}" for phase, repeats in found)
+        words += f" ({', '.join(phases)})"
+    if asked.num_steps not in (None, config.num_steps):
+        words += f"; --num_steps {asked.num_steps} are {config.num_steps} in whole turns; each"
+    return words
+
+
+def _announce(config: TrainConfig, system: System, dataset: Dataset, mode: str | None, why: str, steps: str) -> str:
     lines = [] if mode is None else [mode]
     lines += [
         f"{config.recommender}: {system.headline(config)}",
@@ -124,7 +136,7 @@ def _announce(config: TrainConfig, system: System, dataset: Dataset, mode: str |
     ]
     if config.num_steps is not None:
         lines.append(
-            f"training: {config.num_steps:,} steps of {config.batch_size} × {config.gradient_accumulation} "
+            f"training: {steps} of {config.batch_size} × {config.gradient_accumulation} "
             f"{'packed rows' if config.pack_sequences else 'users'}, {config.length_buckets} length bucket(s), "
             f"learning rate {config.learning_rate:g}, seed {config.seed}"
         )

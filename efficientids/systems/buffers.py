@@ -20,7 +20,7 @@ from efficientids.data.texts.tokens import title_table
 from efficientids.errors import UserError
 from efficientids.options import TrainConfig
 from efficientids.systems.base import Earlier
-from efficientids.systems.llama import weights_folder
+from efficientids.systems.llama import published_tokenizer
 
 
 def titled_items(seq_len: int, titles: np.ndarray, dataset: Dataset) -> int:
@@ -56,7 +56,7 @@ def title_tokens(config: TrainConfig, llama: LlamaConfig, dataset: Dataset) -> t
             "columns with --item_template"
         )
     template = templates.load(config.item_template or "title")
-    tokenizer = config.tokenizer or weights_folder(config) / "tokenizer.json"
+    tokenizer = config.tokenizer or published_tokenizer(config)
     source = str(dataset.path / layout.ITEMS)
     return title_table(dataset.items, template, tokenizer, config.title_tokens, llama.vocab_size, source=source)
 

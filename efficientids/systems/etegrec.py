@@ -36,7 +36,15 @@ from efficientids.systems.llama import (
     training_mode,
 )  # fmt: skip
 from efficientids.systems.llama_defaults import check_positions, from_scratch, start, with_llama_defaults
-from efficientids.systems.semantic_ids import CodeShapes, check_same_codes, code_shapes, contents, prompt_template
+from efficientids.systems.semantic_ids import (
+    CodeShapes,
+    check_same_codes,
+    code_shapes,
+    contents,
+    prompt_template,
+    refuse_idle,
+    resolve_levels,
+)  # fmt: skip
 
 MAX_ITEMS = 20
 _ALIGNED_FROM = 10.0
@@ -50,7 +58,9 @@ class ETEGRecSystem:
     def resolve(self, config: TrainConfig, scale: Scale) -> TrainConfig:
         """See `System.resolve`."""
         llama, items = llama_config(config), config.max_seq_len or MAX_ITEMS
+        config = resolve_levels(config, scale.num_items)
         codes = code_shapes(config)
+        refuse_idle(config, codes)
         template = prompt_template(config, llama)
         around = 1 if template is None else len(template.prefix) + len(template.suffix)
         positions = around + items * len(codes.level_sizes)
@@ -68,10 +78,11 @@ class ETEGRecSystem:
         assert config.num_steps is not None
         turn = _turn(config, codes, epoch)
         epochs = config.num_steps / epoch
+        aligned_from = min(_ALIGNED_FROM, epochs / 4) if config.aligned_from is None else config.aligned_from
         return dataclasses.replace(
             config,
             num_steps=turn * max(1, round(config.num_steps / turn)),
-            aligned_from=min(_ALIGNED_FROM, epochs / 4) if config.aligned_from is None else config.aligned_from,
+            aligned_from=None if codes.rqvae is None else aligned_from,
             finetune_epochs=epochs / 5 if config.finetune_epochs is None else config.finetune_epochs,
         )
 
@@ -115,7 +126,10 @@ class ETEGRecSystem:
         try:
             return recommender.filled(model)
         except ValueError as error:
-            raise UserError(f"--semantic_ids: {error}") from error
+            made = (
+                "the pretrained tokenizer" if config.semantic_ids is None else f"--semantic_ids {config.semantic_ids}"
+            )
+            raise UserError(f"{made}: {error}") from error
 
     def planned(self, config: TrainConfig, scale: Scale) -> ETEGRec:
         """See `System.planned`."""
@@ -187,7 +201,7 @@ def _alternates(config: TrainConfig, codes: CodeShapes) -> bool:
 
 def _turns(config: TrainConfig, scale: Scale, codes: CodeShapes) -> Turns:
     assert config.num_steps is not None and config.learning_rate is not None and config.warmup_steps is not None
-    assert config.aligned_from is not None and config.finetune_epochs is not None
+    assert config.finetune_epochs is not None
     epoch = base.steps_per_epoch(scale.train_lengths, base.buckets_of(config, _items(config)))
     turn = _turn(config, codes, epoch)
     finetune = math.ceil(config.finetune_epochs * epoch)
@@ -201,7 +215,7 @@ def _turns(config: TrainConfig, scale: Scale, codes: CodeShapes) -> Turns:
         rounds=rounds,
         tokenizer_steps=tokenizer_steps,
         recommender_steps=turn,
-        aligned_from=math.ceil(config.aligned_from * epoch),
+        aligned_from=math.ceil((config.aligned_from or 0.0) * epoch),
         tokenizer=optimizer(config.tokenizer_learning_rate, rounds * tokenizer_steps),
         code_loss=config.code_loss,
         kl_loss=config.kl_loss,

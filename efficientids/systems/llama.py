@@ -54,7 +54,7 @@ def starts_at_random(config: TrainConfig) -> bool:
 
 
 def text_tokenizer_file(config: TrainConfig, what: str) -> Path | None:
-    """The tokenizer.json to read texts with; None: the one that comes with the weights of --llama_size.
+    """The tokenizer.json to read texts with; None: the published one of --llama_size (`published_tokenizer`).
 
     Raises:
         UserError: there is none for `what`, a flag.
@@ -201,11 +201,26 @@ def llama_init(config: TrainConfig) -> Init:
 
 def weights_folder(config: TrainConfig) -> Path:
     """Where the pretrained Llama's files are: --weights, or the published ones of --llama_size (downloaded once)."""
-    loader = LlamaLoader(path=config.weights) if config.weights else LlamaLoader(model_size=config.llama_size)
     try:
-        return loader.folder()
+        return _loader(config).folder()
     except CheckpointError as error:
         raise UserError(str(error)) from error
+
+
+def published_tokenizer(config: TrainConfig) -> Path:
+    """The tokenizer.json beside the weights, without downloading those: a plan needs no more.
+
+    Raises:
+        UserError: it cannot be had.
+    """
+    try:
+        return _loader(config).tokenizer_folder() / "tokenizer.json"
+    except CheckpointError as error:
+        raise UserError(f"{error}; or give --tokenizer FILE") from error
+
+
+def _loader(config: TrainConfig) -> LlamaLoader:
+    return LlamaLoader(path=config.weights) if config.weights else LlamaLoader(model_size=config.llama_size)
 
 
 def load_llama(folder: Path, init: Init, mesh: Mesh | None = None) -> nnx.State:

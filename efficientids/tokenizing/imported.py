@@ -21,7 +21,9 @@ from efficientids.errors import UserError
 from efficientids.tokenizing.making import suffixed
 from efficientids.tokenizing.tokenizer import Tokenizer
 
-_TOKEN = re.compile(r"<([A-Za-z]+)_(\d{1,9})>")
+_TOKEN = re.compile(r"<([A-Za-z]+)_(\d+)>")
+_LARGEST_ALPHABET = 2**20
+"""Codes of a level at most: its table, rows of floats, is as long as the largest code, stray or not."""
 
 
 def import_codes(
@@ -42,12 +44,13 @@ def import_codes(
         say: told what of the file is not used, and of a chosen offset.
 
     Raises:
-        UserError: no such file or another form, items of the data set without codes, codes outside `levels`, or more
-            items with equal codes than the suffix level has codes.
+        UserError: no such file or another form, ids that are no numbers with an offset, items of the data set without
+            codes, codes outside `levels` or of alphabets beyond `_LARGEST_ALPHABET`, or more items with equal codes
+            than the suffix level has codes.
     """
     given = _read(file)
     shift = _offset(file, given, dataset, say) if offset is None else offset
-    rows = {str(int(name) + shift) if shift else name: tokens for name, tokens in given.items()}
+    rows = {_shifted(file, name, shift): tokens for name, tokens in given.items()} if shift else given
     wanted = dataset.items["item_id"].to_list()
     lacking = [item for item in wanted if item not in rows]
     if lacking:
@@ -91,6 +94,16 @@ def _offset(file: Path, given: dict[str, Any], dataset: Dataset, say: Callable[[
     return 1
 
 
+def _shifted(file: Path, name: str, shift: int) -> str:
+    try:
+        return str(int(name) + shift)
+    except ValueError as error:
+        raise UserError(
+            f"--item_id_offset {shift}: item {name!r} of --import_codes {file} is no whole number to add to; leave "
+            "--item_id_offset out"
+        ) from error
+
+
 def _codes(file: Path, rows: dict[str, list[str]]) -> np.ndarray:
     """int64 [N, L] of tokens such as "<b_7>", whose letters tell the levels."""
     codes: list[list[int]] = []
@@ -102,6 +115,12 @@ def _codes(file: Path, rows: dict[str, list[str]]) -> np.ndarray:
         if len(here) < len(tokens) or here != letters or not here:
             expected = " ".join(f"<{letter}_…>" for letter in letters or ["a", "b"])
             raise UserError(f"--import_codes {file}: item {item} has {json.dumps(tokens)}; expected {expected}")
+        for level, match in enumerate(found):
+            if match is not None and (len(match[2]) > 9 or int(match[2]) >= _LARGEST_ALPHABET):
+                raise UserError(
+                    f"--import_codes {file}: item {item} has {match[0]} at level {level}; codes are below "
+                    f"{_LARGEST_ALPHABET:,}: correct it, or number the level's codes anew from 0 on"
+                )
         codes.append([int(match[2]) for match in found if match is not None])
     return np.array(codes, np.int64)
 
@@ -112,6 +131,8 @@ def _check_alphabets(file: Path, codes_NL: np.ndarray, sizes: tuple[int, ...], i
             f"--levels {','.join(map(str, sizes))}: {len(sizes)} levels, but items of --import_codes {file} have "
             f"{codes_NL.shape[1]} codes; give a size for each"
         )
+    if max(sizes) > _LARGEST_ALPHABET:
+        raise UserError(f"--levels {','.join(map(str, sizes))}: give at most {_LARGEST_ALPHABET:,} codes a level")
     outside = np.argwhere(codes_NL >= np.array(sizes))
     if len(outside):
         row, level = outside[0]

@@ -68,7 +68,8 @@ def pretrain(
     for epoch in range(1, settings.epochs + 1):
         stacked = _stacked([next(batches) for _ in range(int(phase.steps_per_epoch))])
         state, metrics = run_epoch(state, program.frozen, stacked, key)
-        pool_P = stacked["items"].reshape(-1)[:SAMPLE]
+        # Without the last batch's padding: no code belongs where the padding's vector is.
+        pool_P = stacked["items"][stacked["items"] > 0][:SAMPLE]
         codes_NL, revived_L, moved = look(state, program.frozen, pool_P, jax.random.fold_in(key, epoch))
         last = epoch == settings.epochs
         state = state if last else moved

@@ -96,6 +96,18 @@ def test_a_size_is_downloaded_once_without_what_is_not_needed(hub: type[Hub], tm
     assert not hub.asked
 
 
+def test_a_tokenizer_is_downloaded_without_the_weights(hub: type[Hub]) -> None:
+    tensors = tensors_of(SMALL)
+    local = LlamaLoader(path=write(hub.folder, SMALL, tensors, shards=2)).load_model()[1]
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (hub.folder / name).write_text("{}")
+    folder = LlamaLoader("toy").tokenizer_folder()
+    assert sorted(hub.asked) == ["config.json", "tokenizer.json", "tokenizer_config.json"]
+    assert {file.name for file in folder.iterdir()} == set(hub.asked)
+    assert_same(local, LlamaLoader("toy").load_model()[1])  # what is there already does not pass for all of it
+    assert LlamaLoader(path=hub.folder).tokenizer_folder() == hub.folder
+
+
 def test_a_download_without_room_is_refused_before_its_first_byte(
     hub: type[Hub], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -12,8 +12,8 @@ import yaml
 from efficientids import systems
 from efficientids.config import from_mapping, parse, to_mapping
 from efficientids.errors import UserError
-from efficientids.options import TrainConfig
-from efficientids.systems.base import Scale
+from efficientids.options import READS, TrainConfig
+from efficientids.systems.base import Scale, refuse_unread
 
 # The seed's flags, then those that the project adds: what stands on the command line, and what it means.
 FLAGS: list[tuple[str, dict[str, Any]]] = [
@@ -226,3 +226,14 @@ def test_a_resolved_configuration_goes_through_its_file(tmp_path: Path) -> None:
     assert from_mapping(yaml.safe_load(file.read_text()), file) == config
     with pytest.raises(UserError, match=r"config\.yaml: seq_len: expected a whole number, found 'x'"):
         from_mapping({**to_mapping(config), "seq_len": "x"}, file)
+
+
+@pytest.mark.parametrize("name", READS)
+def test_the_written_configuration_of_every_system_is_read_again(name: Any, tmp_path: Path) -> None:
+    """Nothing in it is refused, and nothing resolves to something else."""
+    system, file = systems.get(name), tmp_path / "config.yaml"
+    config = system.resolve(TrainConfig(recommender=name), Scale())
+    file.write_text(yaml.safe_dump(to_mapping(config), sort_keys=False))
+    again = parse(["--config", str(file)])
+    refuse_unread(again)
+    assert system.resolve(again, Scale()) == config

@@ -126,6 +126,17 @@ def test_ids_that_count_from_zero(tiny_data: Dataset, tmp_path: Path, capsys: py
         (lambda codes, name: codes.update({name: ["<a_1>", "<b_-1>"]}), [], "film-0004 has"),
         (lambda codes, name: codes.update({name: ["<a_1>", 7]}), [], "film-0004 has"),
         (lambda codes, name: None, ["--levels", "5,29"], r"code 29 at level 1, whose alphabet is 0 … 28"),
+        (
+            lambda codes, name: codes.update({name: ["<a_1>", "<b_999999999>"]}),
+            [],
+            r"codes.json: item film-0004 has <b_999999999> at level 1; codes are below 1,048,576: correct it",
+        ),
+        (lambda codes, name: None, ["--levels", "5,2000000"], "--levels 5,2000000: give at most 1,048,576 codes"),
+        (
+            lambda codes, name: None,
+            ["--item_id_offset", "1"],
+            r"--item_id_offset 1: item 'film-\d+' of .*codes.json is no whole number to add to; leave --item",
+        ),
         (lambda codes, name: None, ["--levels", "5"], "1 levels, but items .* have 2 codes"),
         (lambda codes, name: None, ["--suffix_size", "2"], r"--suffix_size 2: .*3 items share .* give it at least 3"),
         (lambda codes, name: codes.update({name: "<a_1>"}), [], "expected one JSON object"),

@@ -96,6 +96,19 @@ def test_dead_codes_are_revived_between_epochs() -> None:
     assert rows[1]["used"][0] > 0.25 and rows[2]["revived"] == [0]
 
 
+def test_codes_are_revived_among_items_alone(vectors: ItemVectors, monkeypatch: pytest.MonkeyPatch) -> None:
+    pools, programs = [], pretraining._programs
+
+    def watched(*given: Any) -> Any:
+        run_epoch, look = programs(*given)
+        return run_epoch, lambda state, frozen, pool_P, key: pools.append(pool_P) or look(state, frozen, pool_P, key)
+
+    monkeypatch.setattr(pretraining, "_programs", watched)
+    settings = dataclasses.replace(TINY, epochs=1, batch_size=7)  # 30 items: the last batch has 5 rows of padding
+    pretraining.pretrain(vectors.vectors_NI, settings, lambda line: None, lambda row: None)
+    assert sorted(pools[0].tolist()) == list(range(1, NUM_ITEMS + 1))
+
+
 def test_kmeans_and_sinkhorn(vectors: ItemVectors) -> None:
     tokenizer, rows, _ = made(vectors, method="kmeans")
     assert not rows and tokenizer.rqvae is None and tokenizer.parameters is not None
