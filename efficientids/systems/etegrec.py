@@ -63,8 +63,10 @@ class ETEGRecSystem:
         refuse_idle(config, codes)
         template = prompt_template(config, llama)
         around = 1 if template is None else len(template.prefix) + len(template.suffix)
-        positions = around + items * len(codes.level_sizes)
-        check_positions(llama, positions, f"{items} items of {len(codes.level_sizes)} codes (--max_seq_len)")
+        positions = around + (items + 1) * len(codes.level_sizes)
+        check_positions(
+            llama, positions, f"{items} items of {len(codes.level_sizes)} codes (--max_seq_len) and the next"
+        )
         config = dataclasses.replace(
             with_llama_defaults(config, scale, llama),
             max_seq_len=items,
@@ -72,7 +74,7 @@ class ETEGRecSystem:
             init_std=config.init_std or 0.02,
         )
         config = resolve_mode(config, llama, from_scratch=from_scratch(config))
-        buckets = base.buckets_of(config, items)
+        buckets = base.buckets_of(config, _row(config))
         epoch = base.steps_per_epoch(scale.train_lengths, buckets)
         config = base.resolve_training(config, scale, buckets, max_warmup=500)
         assert config.num_steps is not None
@@ -94,7 +96,8 @@ class ETEGRecSystem:
         """See `System.headline`."""
         llama, sizes = llama_config(config), code_shapes(config).level_sizes
         levels = " × ".join(map(str, sizes))
-        words = f"{described(config, llama)}, codes {levels}, {config.max_seq_len} items in {config.seq_len} positions"
+        words = f"{described(config, llama)}, codes {levels}, {config.max_seq_len} items and the next in "
+        words += f"{config.seq_len} positions"
         return words + attention_in_words(config, llama)
 
     def recommender(
@@ -109,7 +112,7 @@ class ETEGRecSystem:
             spec(config, llama, dataset.catalogue_size, codes),
             compute=checked_compute(config, llama),
             init=llama_init(config),
-            training=base.training(config, _items(config), dataset),
+            training=base.training(config, _row(config), dataset),
             turns=_turns(config, scale, codes),
             contents=contents(config, dataset, record) if earlier is None else None,
         )
@@ -138,7 +141,7 @@ class ETEGRecSystem:
             spec(config, llama, scale.num_items, codes),
             compute=checked_compute(config, llama, chunk_elements=CHUNK_ELEMENTS, platform="gpu"),
             init=llama_init(config),
-            training=base.training(config, _items(config), None),
+            training=base.training(config, _row(config), None),
             turns=_turns(config, scale, codes),
         )
 
@@ -181,6 +184,11 @@ def spec(config: TrainConfig, llama: LlamaConfig, num_items: int, codes: CodeSha
     )
 
 
+def _row(config: TrainConfig) -> int:
+    """Items of a training row: a whole history and the target behind it, at positions as a search has them."""
+    return _items(config) + 1
+
+
 def _items(config: TrainConfig) -> int:
     assert config.max_seq_len is not None
     return config.max_seq_len
@@ -202,7 +210,7 @@ def _alternates(config: TrainConfig, codes: CodeShapes) -> bool:
 def _turns(config: TrainConfig, scale: Scale, codes: CodeShapes) -> Turns:
     assert config.num_steps is not None and config.learning_rate is not None and config.warmup_steps is not None
     assert config.finetune_epochs is not None
-    epoch = base.steps_per_epoch(scale.train_lengths, base.buckets_of(config, _items(config)))
+    epoch = base.steps_per_epoch(scale.train_lengths, base.buckets_of(config, _row(config)))
     turn = _turn(config, codes, epoch)
     finetune = math.ceil(config.finetune_epochs * epoch)
 

@@ -25,7 +25,7 @@ from efficientids.config import from_mapping, parse, to_mapping
 from efficientids.data.dataset import Dataset
 from efficientids.data.generated import generate
 from efficientids.errors import UserError
-from efficientids.loading import LoadedRun, adopt
+from efficientids.loading import LoadedRun, adopt, open_run
 from efficientids.options import RunOptions, TrainConfig
 from efficientids.planning.cli import main as plan
 from efficientids.recommenders.etegrec import ETEGRec
@@ -34,8 +34,9 @@ from efficientids.systems.base import Scale, abstract, describe, refuse_unread
 from efficientids.systems.semantic_ids import contents
 from efficientids.tokenizing.tokenizer import Tokenizer, fill, parameters_of, with_padding
 from efficientids.tokenizing.vectors import Standard
-from efficientids.train import _steps
+from efficientids.train import _steps, main
 from tests.conftest import ROOT
+from tests.efficientids.test_etegrec import made
 from tests.efficientids.test_main_job import tokenizer
 from tests.efficientids.tiny import NUM_ITEMS, flags
 
@@ -277,3 +278,46 @@ def test_all_steps_are_announced_and_which_codes(
     for ids, words in ((earlier.config.semantic_ids, r"rqvae of item vectors with 10 columns"), (imported, "imported")):
         contents(system.resolve(asked(semantic_ids=ids), scale), tiny_data)
         assert re.search(rf"codes of version \w{{16}}: --semantic_ids .*, {words}\n", capsys.readouterr().out)
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ({"levels": "6,x"}, "--levels 6,x: give numbers"),
+        ({"prompt": "Next:"}, "--prompt 'Next:': say once where the history stands"),
+        ({"prompt": "Bought: {history} Next:"}, "--prompt needs a tokenizer"),
+        ({"semantic_ids": Path("nowhere")}, "--semantic_ids nowhere: no tokenizer"),
+        ({"max_seq_len": 100_000}, "max_position_embeddings"),
+    ],
+)
+def test_flags_that_cannot_be(tiny_data: Dataset, line: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        made(tiny_data, **line)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("file", ["etegrec_llama2_7b_5090.yaml", "etegrec_llama2_7b_text_5090.yaml"])
+def test_the_configurations_of_a_7b_train_at_tiny_size(
+    file: str, tiny_data: Dataset, real_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With LoRA on the pretrained stories260K in the 7B's place; text goes through its own tokenizer."""
+    config = ROOT / "configs" / file
+    small = {"levels": "6,6", "suffix_size": 32, "code_dim": 8, "pretrain_epochs": 1, "finetune_epochs": 0}
+    given = flags(
+        config=config, llama_size="tiny", weights=real_data / "stories260K" / "hf", data_dir=tiny_data.path,
+        checkpoint_dir=tmp_path / "run", num_steps=1, max_seq_len=6, precision="float32", tokenizer_epochs=0, **small,
+    )  # fmt: skip
+    assert main(given) == 0
+    loaded = open_run(tmp_path / "run")
+    spec, model = loaded.recommender.spec, loaded.model
+    assert spec.model.lora is not None and spec.model.lora.rank == 64 and loaded.description["frozen_weights"]
+    assert (spec.model.template is not None) == ("text" in file)
+    if spec.model.template is not None:
+        ids, lengths = jnp.array([[3, 5, 0]]), jnp.array([2])
+        sequence = loaded.recommender.sequence(model, ids, lengths, with_target=False)
+        template = spec.model.template
+        whole = [*template.prefix, *np.asarray(model.ids.codes_of(ids))[0, :2].ravel(), *template.suffix]
+        assert sequence.text is not None
+        np.testing.assert_array_equal((sequence.codes + sequence.text)[0, : len(whole)], whole)
+        assert int(sequence.state[0]) == len(whole) - 1  # the separator behind the history
+        assert template.prefix[0] == 1 and len(template.suffix) > 3
