@@ -42,6 +42,9 @@ class Earlier(Protocol):
     def model(self) -> nnx.Module: ...
 
     @property
+    def config(self) -> TrainConfig: ...
+
+    @property
     def where(self) -> Path: ...
 
 

@@ -153,11 +153,13 @@ def contents(config: TrainConfig, dataset: Dataset, record: Record = unrecorded)
 def check_same_codes(config: TrainConfig, dataset: Dataset, earlier: Earlier) -> None:
     """Says which codes `earlier`'s parameters were trained on, and refuses --semantic_ids of another version.
 
+    Those that the earlier run itself began with may be named, as its config.yaml does; its turns moved their codes.
+
     Raises:
         UserError: names both versions.
     """
     trained_on = version_name(earlier.model.ids.version[...])  # type: ignore[attr-defined]
-    if config.semantic_ids is None:
+    if config.semantic_ids in (None, earlier.config.semantic_ids):
         _say(f"codes of version {trained_on}: the checkpoint's")
         return
     given = _opened(config.semantic_ids, dataset).version

@@ -114,7 +114,7 @@ def earlier(tmp_path_factory: pytest.TempPathFactory, tiny_data: Dataset, quick_
 
 
 def test_an_earlier_runs_codes_and_tokenizer_are_taken_over(
-    earlier: LoadedRun, tiny_data: Dataset, capsys: pytest.CaptureFixture[str]
+    earlier: LoadedRun, tiny_data: Dataset, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Its vectors are of another width, its tokenizer of other layers than the defaults; its codes are no file's."""
     system, scale = systems.get("etegrec"), Scale.of(tiny_data)
@@ -126,9 +126,12 @@ def test_an_earlier_runs_codes_and_tokenizer_are_taken_over(
     before: Any = earlier.model
     assert version_name(model.ids.version[...]) == version_name(before.ids.version[...])
     assert model.tokenizer.config.input_dim == 10 and config.levels is None
+    # Its config.yaml still names what it began with; what lies elsewhere is something else.
     given = asked(load_checkpoint=str(earlier.where), semantic_ids=earlier.config.semantic_ids)
+    adopt(earlier, system.recommender(system.resolve(given, scale), tiny_data, earlier), system, 0)
+    other = dataclasses.replace(given, semantic_ids=folder(tmp_path / "other", tiny_data, "rqvae"))
     with pytest.raises(UserError, match=r"leave --semantic_ids out: the checkpoint holds its own"):
-        system.recommender(system.resolve(given, scale), tiny_data, earlier)
+        system.recommender(system.resolve(other, scale), tiny_data, earlier)
     wide = system.resolve(asked(load_checkpoint=str(earlier.where), code_dim=16), scale)
     with pytest.raises(UserError, match=r"(?s)model.code_dim: 8 ≠ 16.*which stand in .*run.config.yaml"):
         adopt(earlier, system.recommender(wide, tiny_data, earlier), system, 0)
