@@ -6,7 +6,7 @@ Legend: N items, L levels, K codes of a level.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -48,3 +48,19 @@ def code_use(codes_NL: np.ndarray, level_sizes: Sequence[int]) -> CodeUse:
         perplexity.append(np.exp(-np.sum(p * np.log(p))))
         collisions.append(1 - len(np.unique(buckets(codes_NL[:, : level + 1]))) / len(code_N))
     return CodeUse(np.array(used), np.array(perplexity), np.array(collisions))
+
+
+def code_metrics(codes_NL: np.ndarray, level_sizes: Sequence[int]) -> dict[str, Any]:
+    """How real codes are used, by level, and how many items share the most common ones; plain values.
+
+    Raises:
+        ValueError: what `code_use` refuses.
+    """
+    use = code_use(codes_NL, level_sizes)
+    _, sizes = np.unique(buckets(codes_NL), return_counts=True)
+    return {
+        "items": len(codes_NL),
+        "distinct": len(sizes),
+        "largest_bucket": int(sizes.max()),
+        **{name: value.tolist() for name, value in use._asdict().items()},
+    }

@@ -14,12 +14,12 @@ import numpy as np
 from flax import nnx
 
 from core import sharding
+from core.code_use import code_metrics
 from core.residual_quantizer import ResidualQuantizer
 from core.semantic_ids import version_name
 from core.sinkhorn import spread_codes
 from efficientids.recommenders.base import Ended
 from efficientids.recommenders.etegrec_model import ETEGRecModel, ETEGRecSpec, code_table
-from efficientids.tokenizing.making import code_metrics
 
 EVENT = "reindexed"
 
@@ -31,7 +31,7 @@ def reindexed(model: ETEGRecModel, spec: ETEGRecSpec) -> Ended:
     and trie are looked up in that one table, so they are of one version still, and the run's hours are not lost.
 
     Returns:
-        The model; a row with the metrics of the new codes (`making.code_metrics`), `changed`, the share of items whose
+        The model; a row with the metrics of the new codes (`code_metrics`), `changed`, the share of items whose
         codes are others than before, `version`, that of the table from now on, and `kept`, whether it is the old one.
     """
     assert model.tokenizer is not None

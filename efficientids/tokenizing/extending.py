@@ -10,10 +10,10 @@ from collections.abc import Callable
 
 import numpy as np
 
+from core.code_use import code_metrics
 from core.suffixes import buckets, with_suffix
 from efficientids.data.dataset import Dataset
 from efficientids.errors import UserError
-from efficientids.tokenizing.making import code_metrics
 from efficientids.tokenizing.tokenizer import Tokenizer, external_ids, with_padding
 from efficientids.tokenizing.vectors import ItemVectors
 

@@ -10,11 +10,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from core.code_use import code_use
+from core.code_use import code_metrics
 from core.residual_kmeans import residual_kmeans
 from core.residual_quantizer import ResidualQuantizer
 from core.sinkhorn import spread_codes
-from core.suffixes import buckets, with_suffix
+from core.suffixes import with_suffix
 from efficientids.errors import UserError
 from efficientids.tokenizing.pretraining import pretrain, sample
 from efficientids.tokenizing.settings import TokenizerSettings
@@ -78,15 +78,3 @@ def suffixed(codes_NL: np.ndarray, levels: tuple[int, ...], suffix_size: int) ->
             f"--suffix_size {suffix_size}: {error}; or more codes or levels (--levels), or --sinkhorn"
         ) from error
     return table, code_metrics(codes_NL, levels)
-
-
-def code_metrics(codes_NL: np.ndarray, levels: tuple[int, ...]) -> dict[str, Any]:
-    """How real codes are used, by level, and how many items share the most common ones."""
-    use = code_use(codes_NL, levels)
-    _, sizes = np.unique(buckets(codes_NL), return_counts=True)
-    return {
-        "items": len(codes_NL),
-        "distinct": len(sizes),
-        "largest_bucket": int(sizes.max()),
-        **{name: value.tolist() for name, value in use._asdict().items()},
-    }
