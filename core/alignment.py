@@ -47,6 +47,7 @@ def anchors(item_ids_BH: Array, lengths_B: Array, *, last_alone: bool) -> Anchor
         item_ids_BH: int, right-padded; lengths_B: items a row.
         last_alone: the newest item of each row, A = B.
     """
+    item_ids_BH, lengths_B = jnp.asarray(item_ids_BH), jnp.asarray(lengths_B)
     batch, history = item_ids_BH.shape
     if last_alone:
         rows_A = jnp.arange(batch)

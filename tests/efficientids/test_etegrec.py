@@ -45,10 +45,15 @@ from tests.efficientids.tiny import NUM_ITEMS, events, flags
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
 
+# Flags of a tokenizer to be made: refused where there is one.
+OF_MAKING = ("levels", "suffix_size", "pretrain_epochs")
+
+
 def made(dataset: Dataset, **more: Any) -> tuple[ETEGRec, ETEGRecModel, TrainConfig]:
     """The recommender of a job and its model at the start."""
     system = systems.get("etegrec")
-    config = system.resolve(TrainConfig(**{**JOB, "epochs": 2.0, **more}), Scale.of(dataset))
+    job = {name: value for name, value in JOB.items() if "semantic_ids" not in more or name not in OF_MAKING}
+    config = system.resolve(TrainConfig(**{**job, "epochs": 2.0, **more}), Scale.of(dataset))
     recommender = system.recommender(config, dataset, None)
     model = system.start(recommender, config)
     assert isinstance(recommender, ETEGRec) and isinstance(model, ETEGRecModel)
@@ -139,7 +144,7 @@ def test_ids_of_another_version_are_refused(run: Path, tiny_data: Dataset, tmp_p
 
     other = tmp_path / "other"
     assert cli.main(flags(data_dir=tiny_data.path, output=other, levels="6,6", latent_dim=8, epochs=1, seed=5)) == 0
-    job = {name: value for name, value in JOB.items() if name not in ("levels", "suffix_size", "pretrain_epochs")}
+    job = {name: value for name, value in JOB.items() if name not in OF_MAKING}
     given = flags(data_dir=tiny_data.path, checkpoint_dir=tmp_path / "run", load_checkpoint=run, **job)
     with pytest.raises(UserError, match=r"are of version \w+, and the parameters of .* trained on codes of version"):
         main([*given, f"--semantic_ids={other}", "--num_steps=1"])

@@ -241,7 +241,7 @@ def test_a_tokenizer_goes_with_a_prompt(words: Path, tmp_path: Path) -> None:
     given = flags(recommender="etegrec", tokenizer=words)
     config = parse([*given, "--prompt=The user has bought: {history} Next"])
     resolved = systems.get("etegrec").resolve(config, Scale())
-    assert resolved.seq_len == 1 + 5 + 20 * 4 + 1  # the start, five words, the codes, a word
+    assert resolved.seq_len == 1 + 5 + 21 * 4 + 1  # the start, five words, codes with the target's, a word
     with pytest.raises(UserError, match=r"--tokenizer .* would do nothing: it reads a --prompt"):
         systems.get("etegrec").resolve(parse(given), Scale())
     with pytest.raises(UserError, match="--tokenizer has no meaning with --recommender sasrec"):

@@ -161,7 +161,7 @@ def test_the_recommender_is_shown_nothing_of_the_target_or_after(dataset: Datase
     rows = iter([user for user in range(dataset.num_users) if dataset.lengths[user] >= 3])
     for histories, exclude in recommender.shown:
         assert exclude is not None
-        for items, length, seen in zip(*histories, exclude, strict=True):
+        for items, length, seen in zip(histories.item_ids, histories.lengths, exclude, strict=True):
             if not length:
                 assert not items.any() and not seen.any()
                 continue

@@ -372,5 +372,5 @@ def test_a_phase_that_ends_early_leaves_nothing_to_the_next_ones_line(tmp_path: 
     assert [(row["phase"], row["step"]) for row in logged] == [
         ("part0", 3), ("part0", 4), ("part1", 7), ("part1", 8),
     ]  # fmt: skip
-    fresh, _ = run_toy(tmp_path / "fresh", ToySystem(num_steps=4), log_every=1, eval_every=4)
+    fresh, _ = run_toy(tmp_path / "fresh", ToySystem(num_steps=9), log_every=1, eval_every=9)
     assert logged[1]["loss"] == pytest.approx(rows(fresh, "step")[3]["loss"])
