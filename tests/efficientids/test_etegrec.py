@@ -241,7 +241,8 @@ def test_a_bucket_that_overflows_is_named(start: tuple[ETEGRec, ETEGRecModel, Tr
     assert f"tokenize again with --suffix_size {NUM_ITEMS}" in kept.said and version in kept.said
 
 
-@pytest.mark.parametrize("tied", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("tied", [False, True])
 def test_a_run_goes_on_where_a_bucket_overflows(
     tied: bool, tiny_data: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
