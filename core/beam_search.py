@@ -1,7 +1,7 @@
 """Trie-constrained beam search over semantic IDs: only items come out, each once.
 
 score(item) = Σ_l log p(code l | history, codes before it). The trie masks what no item has; by default it does not
-renormalise, so that scores are those of training.
+renormalise; whichever is chosen is what the model is trained on, too.
 
 What is exact:
   - Every result is an item, none twice, none excluded; scores are exact whatever the width.

@@ -201,12 +201,12 @@ class ETEGRec:
         return lay_out(codes_BHL, lengths_B, self.spec.model.template, with_target=with_target)
 
     def _code_loss(self, model: ETEGRecModel, batch: Batch, key: jax.Array, step: jax.Array) -> LossSum:
-        return self._codes_and_states(model, batch, key, None)[0]
+        return self._codes_and_hidden(model, batch, key)[0]
 
-    def _codes_and_states(
-        self, model: ETEGRecModel, batch: Batch, key: jax.Array | None, at: Anchors | None
-    ) -> tuple[LossSum, jax.Array | None]:
-        """The code loss, and the states from which anchors are predicted [A, D]."""
+    def _codes_and_hidden(
+        self, model: ETEGRecModel, batch: Batch, key: jax.Array | None
+    ) -> tuple[LossSum, jax.Array, CodeSequence]:
+        """The code loss, and the hidden states [B, T, D] of the sequences that it is of."""
         assert self._turns is not None
         ids_BH, lengths_B = batch["item_ids"], batch["lengths"]
         sequence = self.sequence(model, ids_BH, lengths_B, with_target=True)
@@ -220,7 +220,7 @@ class ETEGRec:
         names = [f"code{level + 1}_loss" for level in range(len(self.spec.model.level_sizes))]
         metrics = dict(zip(names, zip(found.totals_L, found.weights_L, strict=True), strict=True))
         loss = LossSum(found.totals_L.sum(), found.weights_L.sum(), weights_BH.sum(), metrics)
-        return loss, None if at is None else model.state_before(hidden_BTD, sequence, at.rows, at.places)
+        return loss, hidden_BTD, sequence
 
     def _anchors(self, batch: Batch) -> Anchors:
         """Where tokenizer and recommender are aligned: at every supervised item, each item once.
@@ -235,12 +235,13 @@ class ETEGRec:
     def _recommender_loss(self, model: ETEGRecModel, batch: Batch, key: jax.Array, step: jax.Array) -> LossSum:
         turns = self._turns
         assert turns is not None
-        at = None if model.tokenizer is None else self._anchors(batch)
-        codes, states_AD = self._codes_and_states(model, batch, key, at)
+        codes, hidden_BTD, sequence = self._codes_and_hidden(model, batch, key)
         codes = codes._replace(metrics={**codes.metrics, "code_loss": (codes.total, codes.weight)})
         codes = codes._replace(total=turns.code_loss * codes.total)
-        if at is None or states_AD is None:
+        if model.tokenizer is None:
             return codes
+        at = self._anchors(batch)
+        states_AD = model.state_before(hidden_BTD, sequence, at.rows, at.places)
         return self._with_alignment(codes, model, at, states_AD, step >= turns.aligned_from)
 
     def _tokenizer_loss(self, model: ETEGRecModel, batch: Batch, key: jax.Array, step: jax.Array) -> LossSum:
