@@ -28,11 +28,15 @@ Row = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Metrics:
-    """The rows of a run by what they are, oldest first; `cut` tells that the last line was not written whole."""
+    """The rows of a run by what they are, oldest first; `cut` tells that the last line was not written whole.
+
+    `others`: those of any other event, such as a catalogue that was indexed anew, by its name.
+    """
 
     steps: Sequence[Row]
     validations: Sequence[Row]
     tests: Sequence[Row]
+    others: Mapping[str, Sequence[Row]]
     cut: bool
 
     @property
@@ -68,8 +72,10 @@ def read_metrics(file: Path) -> Metrics:
             cut = place == len(lines)
             if not cut:
                 raise UserError(f"{file}, line {place}: {error}; mend or remove the line") from error
-    of_kind = {kind: [row for row in rows if row["event"] == kind] for kind in ("step", "validation", "test")}
-    return Metrics(of_kind["step"], of_kind["validation"], of_kind["test"], cut)
+    of_kind: dict[str, list[Row]] = {"step": [], "validation": [], "test": []}
+    for row in rows:
+        of_kind.setdefault(row["event"], []).append(row)
+    return Metrics(of_kind.pop("step"), of_kind.pop("validation"), of_kind.pop("test"), of_kind, cut)
 
 
 def curves(metrics: Metrics) -> list[Plot]:
@@ -81,6 +87,27 @@ def curves(metrics: Metrics) -> list[Plot]:
     if metrics.validations:
         plots.append(_of_validations(metrics))
     return plots + [_of_steps(metrics.steps, name) for name in known if name not in losses]
+
+
+def event_curves(rows: Sequence[Row]) -> list[Plot]:
+    """One plot for each number that events of one kind tell, with a line for each of its levels where it is a list;
+    over the steps, or over the epochs where all are of one step."""
+    along = "step" if len({row["step"] for row in rows}) > 1 else "epoch"
+    rows = [row for row in rows if along in row]
+    names = dict.fromkeys(name for row in rows for name in row if name not in _NOT_METRICS)
+    return [plot for name in names if (plot := _of_events(rows, name, along)) is not None]
+
+
+def _of_events(rows: Sequence[Row], name: str, along: str) -> Plot | None:
+    """None where it is no number, or the number of its levels changes."""
+    having = [(row[along], row[name]) for row in rows if name in row]
+    values = [value if isinstance(value, list) else [value] for _, value in having]
+    numbers = all(type(one) in (int, float) for value in values for one in value)
+    if not numbers or len({len(value) for value in values}) != 1 or not values[0]:
+        return None
+    x, levels = [place for place, _ in having], list(zip(*values, strict=True))
+    series = [Series(name if len(levels) == 1 else f"level {i}", x, level) for i, level in enumerate(levels, start=1)]
+    return line_plot(name, series, x_label=along, y_label=name, from_zero=True)
 
 
 def _of_steps(rows: Sequence[Row], name: str) -> Plot:

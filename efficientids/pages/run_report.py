@@ -16,7 +16,7 @@ from efficientids.errors import UserError
 from efficientids.flags import command_line
 from efficientids.log import duration
 from efficientids.pages import evaluations, page
-from efficientids.pages.curves import Metrics, curves, read_metrics
+from efficientids.pages.curves import Metrics, curves, event_curves, read_metrics
 from efficientids.pages.page import Block, Cell, Entry, Facts, Lists, Section, Text, number
 from efficientids.pages.samples import read_samples
 from efficientids.runs import RunFolder
@@ -104,6 +104,7 @@ def to_html(run: RunFolder) -> str:
             Section("Test and validation metrics", evaluations.tables(evaluated, metrics)),
             Section("By group", evaluations.group_tables(evaluated)),
             Section("How the training went", curves(metrics)),
+            *(Section(f"Events: {kind}", event_curves(rows)) for kind, rows in metrics.others.items() if len(rows) > 1),
             *_recommendations(read_samples(run.path)),
             Section("Data", [Facts(_data_facts(run, model))]),
             Section("How to have it again", _origin(run)),

@@ -20,7 +20,7 @@ from efficientids.errors import UserError
 from efficientids.evaluation.samples import item_name
 from efficientids.log import RunLog
 from efficientids.pages import run_report
-from efficientids.pages.curves import curves, read_metrics
+from efficientids.pages.curves import curves, event_curves, read_metrics
 from efficientids.pages.samples import make_samples, read_samples, write_samples
 from efficientids.recommenders.base import Histories, Phase, Ranked
 from efficientids.runs import RunFolder
@@ -118,6 +118,28 @@ def test_each_metric_has_its_curve(folder: RunFolder) -> None:
     assert [list(row) for row in plots["Training loss"].table.rows][-2:] == [["frozen", 5, 0.6], ["tuned", 6, 3.0]]
     # Of equals the later checkpoint is the best.
     assert "Marked: best: 0.5, at 6" in plots["Validation"].alt
+
+
+def test_other_events_have_their_curves(folder: RunFolder) -> None:
+    with folder.metrics.open("a") as file:
+        for step in (3, 6):
+            row = {"time": 300.0, "event": "reindexed", "step": step, "perplexity": [50.0 + step, 7.0], "changed": 0.25,
+                   "version": f"v{step}", "kept": False}  # fmt: skip
+            file.write(json.dumps(row) + "\n")
+            epoch = {"time": 1.0, "event": "pretraining", "step": 0, "epoch": step, "loss": 1 / step}
+            file.write(json.dumps(epoch) + "\n")
+        file.write(json.dumps({"time": 300.0, "event": "memory", "step": 0, "peak_bytes": 7}) + "\n")
+    others = read_metrics(folder.metrics).others
+    assert {kind: len(rows) for kind, rows in others.items()} == {"reindexed": 2, "pretraining": 2, "memory": 1}
+    plots = {plot.title: plot for plot in event_curves(others["reindexed"])}
+    assert list(plots) == ["perplexity", "changed"]
+    assert [list(row) for row in plots["perplexity"].table.rows] == [
+        ["level 1", 3, 53.0], ["level 1", 6, 56.0], ["level 2", 3, 7.0], ["level 2", 6, 7.0],
+    ]  # fmt: skip
+    (loss,) = event_curves(others["pretraining"])
+    assert [list(row)[-2:] for row in loss.table.rows] == [[3, 1 / 3], [6, 1 / 6]]
+    text = check_static(run_report.to_html(folder)).text
+    assert "Events: reindexed" in text and "Events: pretraining" in text and "Events: memory" not in text
 
 
 def test_without_an_evaluation_it_says_so(folder: RunFolder) -> None:
