@@ -6,8 +6,8 @@ generate: one Llama with random weights on both sides. The peer gets the codes a
 embedding are the code vectors through the input projector, rows of its head the tables through the output projector;
 its trie is a dictionary behind `prefix_allowed_tokens_fn`. It renormalises over the allowed tokens
 (`renormalize_logits`), as ours does with normalise="children"; items and scores are compared before anything is timed.
-Both sides run in one process in turn; ours is also timed with its default scores. Speed is users a second (each gets k
-items); latency is of one user.
+Both sides run in one process in turn, from item ids to item ids on the host: ours is `ETEGRec.recommend` over the table
+of a run, also with its default scores. Speed is users a second (each gets k items); latency is of one user.
 
 trie: one step of constraint and selection (log-softmax, gather of children, top beams) on catalogues of random codes,
 beside the same step over the whole alphabet without a trie, and the build's seconds on the host.
@@ -33,14 +33,16 @@ from flax import nnx
 from generate_peer import Peer
 
 from core.beam_search import Normalise
-from core.code_sequences import lay_out
-from core.code_tables import build
+from core.code_tables import build, largest_shape
 from core.config import LlamaConfig
 from core.layers import Init
 from core.llama import Compute
-from core.models import ETEGRecConfig, LlamaETEGRecModel
+from core.models import ETEGRecConfig
 from core.semantic_ids import SemanticIDs
 from core.suffixes import with_suffix
+from efficientids.recommenders.base import Histories
+from efficientids.recommenders.etegrec import ETEGRec
+from efficientids.recommenders.etegrec_model import ETEGRecModel, ETEGRecSpec
 
 ON_GPU = jax.default_backend() == "gpu"
 ALPHABET = (256, 256, 256)
@@ -82,15 +84,15 @@ def catalogue(count: int) -> tuple[np.ndarray, tuple[int, ...]]:
 def generate(options: argparse.Namespace) -> dict[str, Any]:
     """Equal results first, then users a second and latency of both sides."""
     codes, sizes = catalogue(options.items)
-    ids, model = build(codes, sizes), make_model(options.size, sizes)
+    model = make_model(options.size, codes, sizes, options)
     rng = np.random.default_rng(1)
     histories = rng.integers(1, options.items + 1, (options.rows, options.history)).astype(np.int32)
     lengths = rng.integers(options.history // 2, options.history + 1, options.rows).astype(np.int32)
     lengths[0] = options.history
     peer = Peer(model, codes, sizes, options.beams, options.k)
-    ours, alphabet = our_side(model, ids, options, "children"), our_side(model, ids, options, "alphabet")
+    ours, alphabet = our_side(model, options, "children"), our_side(model, options, "alphabet")
     theirs = peer.recommend(histories, lengths)
-    mine = [np.asarray(x) for x in ours(histories, lengths)]
+    mine = ours(histories, lengths)
     agree = compare(mine, theirs)
     print(
         f"equal before timing: {agree:.2%} of {mine[1].size} places hold the same item, scores within 1e-3", flush=True
@@ -121,31 +123,38 @@ def generate(options: argparse.Namespace) -> dict[str, Any]:
     return found
 
 
-def make_model(size: str, sizes: tuple[int, ...]) -> LlamaETEGRecModel:
-    """Random weights, large enough that scores differ."""
+def make_model(size: str, codes: np.ndarray, sizes: tuple[int, ...], options: argparse.Namespace) -> ETEGRecModel:
+    """Random weights, large enough that scores differ; the table as a run has it, of the largest shape that re-indexing
+    can come to."""
     hidden, mlp, layers, heads, head_dim = SHAPES[size]
     llama = LlamaConfig(8, hidden, mlp, layers, heads, heads, head_dim, 4096, 1e-5, 10000.0, None, False)
     config = ETEGRecConfig(llama, sizes, init_std=0.2)
-    return LlamaETEGRecModel(config, jax.random.key(0), compute=Compute(), init=Init(0.1))
+    table = largest_shape(sizes, len(codes))
+    spec = ETEGRecSpec(config, len(codes), options.history, table, tokenizer=None, beams=options.beams)
+    model = system(spec, "children").init(jax.random.key(0))
+    nnx.update(model.ids, nnx.state(build(codes, sizes, table)))
+    return model
+
+
+def system(spec: ETEGRecSpec, normalise: Normalise) -> ETEGRec:
+    """ETEGRec as a run has it."""
+    return ETEGRec(dataclasses.replace(spec, normalise=normalise), compute=Compute(), init=Init(0.1))
 
 
 def our_side(
-    model: LlamaETEGRecModel, ids: SemanticIDs, options: argparse.Namespace, normalise: Normalise
+    model: ETEGRecModel, options: argparse.Namespace, normalise: Normalise
 ) -> Callable[[np.ndarray, np.ndarray], Any]:
-    """(histories, lengths) → (scores, items), as a compiled program over item ids."""
-    graphdef, state = nnx.split(model)
+    """(histories, lengths) → (scores, items): what evaluation and serving call, from NumPy to NumPy."""
+    ours = system(model.spec, normalise)
 
-    @jax.jit
-    def program(state: nnx.State, ids: SemanticIDs, histories: jax.Array, lengths: jax.Array) -> Any:
-        sequence = lay_out(ids.codes_of(histories), lengths, None, with_target=False)
-        return nnx.merge(graphdef, state).top_k(
-            sequence, ids, options.k, beams=options.beams, normalise=normalise
-        )  # fmt: skip
+    def recommend(histories: np.ndarray, lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        found = ours.recommend(model, Histories(histories, lengths), options.k, None)
+        return found.scores, found.item_ids
 
-    return lambda histories, lengths: jax.block_until_ready(program(state, ids, histories, lengths))
+    return recommend
 
 
-def compare(mine: list[np.ndarray], theirs: tuple[np.ndarray, np.ndarray]) -> float:
+def compare(mine: tuple[np.ndarray, np.ndarray], theirs: tuple[np.ndarray, np.ndarray]) -> float:
     """The share of places with the same item.
 
     Raises:

@@ -17,7 +17,7 @@ from flax import nnx
 from jax import Array
 
 from core.layers import Init, Linear
-from core.residual_quantizer import Quantized, ResidualGrad, ResidualQuantizer, uniform_codebooks
+from core.residual_quantizer import INDEXED_AT_A_TIME, Quantized, ResidualGrad, ResidualQuantizer, uniform_codebooks
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,6 +119,11 @@ class RQVAE(nnx.Module):
         reconstruction_BI = self.decoder(quantized.vectors_Bd)
         return RQVAEOutput(reconstruction_BI, quantized, jnp.mean((reconstruction_BI - x_BI) ** 2, axis=1))
 
+    def latents(self, x_NI: Array) -> Array:
+        """The latents of any number of items, float32 [N, d]: in chunks, for a whole catalogue."""
+        at_a_time = max(1, min(INDEXED_AT_A_TIME, x_NI.shape[0]))
+        return jax.lax.map(lambda x_I: self.encoder(x_I[None])[0], x_NI, batch_size=at_a_time)
+
     def codes(self, x_NI: Array) -> Array:
         """The codes of items, int32 [N, L]: a catalogue's, or those of new items, without training."""
-        return self.quantizer.codes(self.encoder(x_NI))
+        return self.quantizer.codes(self.latents(x_NI))

@@ -246,7 +246,8 @@ class SemanticIDOptions:
     sia_sign: Literal["paper", "released"] = "paper"
     """Softmax over negative distances, or over distances as the released code has it."""
     targets: Literal["all", "last"] = "all"
-    """Learn every item of a history from those before it, or the last alone (the official loss)."""
+    """Learn every item of a history from those before it, or a target alone (the official loss): the last item of one
+    beginning of the history, drawn anew at every step."""
     tokenizer_learning_rate: float = 1e-4
     """Peak, in its turns."""
     finetune_epochs: float | None = None

@@ -11,6 +11,7 @@ import re
 import socket
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -87,6 +88,13 @@ def by_first(make: Callable[[], str]) -> str:
             raise
         return _read(_tell(told, text))
     return _read(multihost_utils.broadcast_one_to_all(told))
+
+
+def of_first(tree: Any) -> Any:
+    """Arrays as they are in the first process, in all of them; each gives its own, of the same shapes."""
+    if jax.process_count() == 1:
+        return tree
+    return jax.tree.map(np.asarray, multihost_utils.broadcast_one_to_all(tree))
 
 
 def _tell(told: np.ndarray, text: str) -> np.ndarray:

@@ -84,7 +84,10 @@ def main(arguments: Sequence[str], prog: str = "train_llama.py", what: str | Non
         predicted = predicted_peak(asked, system, scale)
         recommender, model, frozen_weights = _start(config, system, dataset, run, log, mesh)
         if config.check_gradients:
-            log.say(gradient_check.as_text(gradient_check.check_gradients(recommender, model, config.seed)))
+            found = gradient_check.check_gradients(
+                recommender, model, config.seed, accumulation=config.gradient_accumulation, mesh=mesh
+            )
+            log.say(gradient_check.as_text(found))
             raise SystemExit(0)  # a run that was never meant to start leaves no folder
         if mesh is not None:
             log.say(_left_whole(model, mesh))

@@ -220,6 +220,16 @@ class LlamaETEGRecModel(nnx.Module):
         advance = functools.partial(self._advance, prefix)
         return beam_search(ids, first_BK, None, advance, k=k, beams=beams, exclude_BX=exclude, normalise=normalise)
 
+    def search_bytes(self, positions: int, beams: int) -> int:
+        """About the bytes that `top_k` holds for a row: its history's cache, its beams' twice (re-ordered, the new one
+        stands beside the old), a layer's activations of the history, and the candidates of a level."""
+        llama, levels = self.config.llama, self.config.level_sizes
+        itemsize = jnp.dtype(self.llama.compute.dtype).itemsize
+        cached = 2 * llama.num_layers * llama.num_kv_heads * llama.head_dim * itemsize
+        slots = positions + 2 * beams * (len(levels) - 1)
+        activations = positions * (3 * llama.intermediate_size + 6 * llama.hidden_size) * itemsize
+        return slots * cached + activations + 6 * beams * max(levels) * 4
+
     def _advance(
         self, prefix: KVCache, carry: BranchCache | None, level: int, parents_BW: Array, codes_BW: Array
     ) -> tuple[Array, BranchCache]:

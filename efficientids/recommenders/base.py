@@ -82,8 +82,8 @@ class Phase:
         num_steps: optimiser steps; in a `Cycle` of each turn.
         steps_per_epoch: for reports only.
         start_from: "best": the parameters and buffers of the checkpoint that validated best so far.
-        on_end: (model) → `Ended`, after the last step of each turn, before the model is validated and saved: may
-            replace buffers by others of the same shapes.
+        on_end: (model) → `Ended`, after the last step of each turn and wherever the model is about to be validated and
+            saved: may replace buffers by others of the same shapes.
         switched_off: (filter, why) of parameters in `groups` that the configuration keeps from any gradient: what
             `--check_gradients` says of them.
         validated: whether it is validated and saved on its way and at its end; a phase after which the model cannot be

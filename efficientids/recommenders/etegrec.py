@@ -3,7 +3,7 @@
 Codes of histories and of targets are looked up on the device, in the one code table that the model holds: nothing that
 is trained on, searched or saved can be of another version than the rest.
 
-Legend: B rows, H history items, A anchors, N items, I width of an item vector, L levels (the suffix level's last).
+Legend: B rows, H history items, N items, I width of an item vector, L levels (the suffix level's last).
 """
 
 from __future__ import annotations
@@ -18,24 +18,14 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from core.alignment import Anchors, anchors, psa_loss, sia_loss
-from core.code_sequences import CodeSequence, lay_out
+from core.beam_search import Normalise
 from core.code_tables import build
 from core.layers import Init
 from core.llama import Compute
 from core.lora import is_adapter
-from efficientids.recommenders.base import (
-    Batch,
-    Cycle,
-    Ended,
-    Histories,
-    LossSum,
-    Phase,
-    Ranked,
-    Training,
-    in_llama,
-)
-from efficientids.recommenders.etegrec_model import Contents, ETEGRecModel, ETEGRecSpec, Turns
+from efficientids.recommenders.base import Cycle, Ended, Histories, Phase, Ranked, Training, in_llama
+from efficientids.recommenders.etegrec_losses import Losses
+from efficientids.recommenders.etegrec_model import Contents, ETEGRecModel, ETEGRecSpec, SearchedModel, Turns
 from efficientids.recommenders.reindexing import reindexed
 from efficientids.recommenders.shapes import ranked
 
@@ -80,6 +70,13 @@ class ETEGRec:
         among = "all of a level" if self.spec.normalise == "alphabet" else "those that lead to an item"
         return f"newest {self.max_items} items; {self.spec.beams} beams, codes scored among {among}"
 
+    @property
+    def positions(self) -> int:
+        """Positions of the longest history that is searched."""
+        template = self.spec.model.template
+        around = 1 if template is None else len(template.prefix) + len(template.suffix)
+        return around + self.max_items * len(self.spec.model.level_sizes)
+
     def init(self, key: jax.Array) -> ETEGRecModel:
         """The whole system at its start, but for what `filled` puts there."""
         return ETEGRecModel(self.spec, key, compute=self._compute, init=self._init)
@@ -114,11 +111,11 @@ class ETEGRec:
         training, turns = self._training, self._turns
         if training is None or turns is None:
             raise ValueError("this recommender was built without `training`")
-        own = nnx.All(nnx.Not(in_llama), nnx.Not(in_tokenizer))
+        losses, own = Losses(self.spec, turns), nnx.All(nnx.Not(in_llama), nnx.Not(in_tokenizer))
         adapted = is_adapter if self.spec.model.lora is not None else nnx.All(in_llama, nnx.Not(_is_table_of_words))
         llama = None if training.llama_optimizer is None else adapted
         recommender = dataclasses.replace(
-            training.phase("recommender", own, self._recommender_loss, llama), num_steps=turns.recommender_steps
+            training.phase("recommender", own, losses.recommender, llama), num_steps=turns.recommender_steps
         )
         if self.spec.tied:
             # Code loss moves the codebooks, and with them the codes that items should have.
@@ -129,13 +126,13 @@ class ETEGRec:
         if turns.tokenizer_steps:
             parameters = nnx.Any(in_tokenizer, self._is_shared_table)
             tokenizer = dataclasses.replace(
-                training.phase("tokenizer", parameters, self._tokenizer_loss), num_steps=turns.tokenizer_steps,
+                training.phase("tokenizer", parameters, losses.tokenizer), num_steps=turns.tokenizer_steps,
                 groups=[(parameters, turns.tokenizer)], on_end=self.reindex, validated=False,
             )  # fmt: skip
             phases = [tokenizer, recommender]
         plan: list[Phase | Cycle] = [Cycle(phases, turns.rounds)]
         if turns.finetune_steps:
-            plan.append(self._finetuning(training, turns, llama))
+            plan.append(self._finetuning(training, turns, llama, losses))
         return plan
 
     def _switched_off(self, turns: Turns) -> list[tuple[Any, str]]:
@@ -147,7 +144,7 @@ class ETEGRec:
         }
         return [(_first_name_is(name), f"zero: {flag} 0") for name, (flag, weight) in weights.items() if not weight]
 
-    def _finetuning(self, training: Training, turns: Turns, llama: Any) -> Phase:
+    def _finetuning(self, training: Training, turns: Turns, llama: Any, losses: Losses) -> Phase:
         assert turns.finetune is not None
         # With the tokenizer goes what it shares: its codes are final.
         own = nnx.All(nnx.Not(in_llama), nnx.Not(in_tokenizer), nnx.Not(self._is_shared_table), nnx.Not(_is_alignment))
@@ -157,7 +154,7 @@ class ETEGRec:
             share = turns.finetune.learning_rate / training.optimizer.learning_rate
             rate = training.llama_optimizer.learning_rate * min(1.0, share)
             groups.append((llama, dataclasses.replace(turns.finetune, learning_rate=rate)))
-        phase = training.phase("finetune", own, self._code_loss)
+        phase = training.phase("finetune", own, losses.codes)
         return dataclasses.replace(phase, groups=groups, num_steps=turns.finetune_steps, start_from="best")
 
     def _is_shared_table(self, path: tuple[Any, ...], _: Any) -> bool:
@@ -179,104 +176,41 @@ class ETEGRec:
         """
         # One result beyond the beams gets none of its own: evaluation asks for it, to see whether it ties.
         beams = self.spec.beams if k <= self.spec.beams + 1 else k
-        program = functools.partial(self._top_k, beams=beams)
-        return ranked(program, model, histories, k, exclude, max_items=self.max_items, num_items=self.spec.num_items)
+        program = functools.partial(search, beams=beams, normalise=self.spec.normalise)
+        assert isinstance(model, ETEGRecModel)
+        return ranked(
+            program, self.searched(model), histories, k, exclude, max_items=self.max_items,
+            num_items=self.spec.num_items, row_bytes=model.search_bytes(self.positions, beams),
+        )  # fmt: skip
 
-    @functools.partial(jax.jit, static_argnums=(0, 1), static_argnames=("k", "beams"))
-    def _top_k(
-        self, graphdef: Any, state: nnx.State, ids: jax.Array, lengths: jax.Array, exclude: jax.Array, *,
-        k: int, beams: int,
-    ) -> tuple[jax.Array, jax.Array]:  # fmt: skip
-        model, spec = nnx.merge(graphdef, state), self.spec
-        sequence = self.sequence(model, ids, lengths, with_target=False)
-        scores, items = model.top_k(sequence, model.ids, k, beams=beams, exclude=exclude, normalise=spec.normalise)
-        real_B1 = (lengths > 0)[:, None]
-        return jnp.where(real_B1, scores, -jnp.inf), jnp.where(real_B1, items, 0)
+    def searched(self, model: ETEGRecModel) -> SearchedModel:
+        """The part of a model that a search reads, with the model's own arrays."""
+        own = {name: part for name, part in nnx.state(model).items() if name not in ("tokenizer", "vectors_NI")}
+        found: SearchedModel = nnx.merge(self._searched, nnx.State(own))
+        return found
 
-    def sequence(
-        self, model: ETEGRecModel, item_ids_BH: jax.Array, lengths_B: jax.Array, *, with_target: bool
-    ) -> CodeSequence:
-        """Histories → the codes that the model's own table has for them, laid out."""
-        codes_BHL = model.ids.codes_of(item_ids_BH)
-        return lay_out(codes_BHL, lengths_B, self.spec.model.template, with_target=with_target)
+    @functools.cached_property
+    def _searched(self) -> Any:
+        """The graph of `SearchedModel`, equal for systems that differ in no shape."""
 
-    def _code_loss(self, model: ETEGRecModel, batch: Batch, key: jax.Array, step: jax.Array) -> LossSum:
-        return self._codes_and_hidden(model, batch, key)[0]
+        def make() -> SearchedModel:
+            config, key = self.spec.model, jax.random.key(0)
+            return SearchedModel(config, self.spec.table, key, compute=self._compute, init=self._init)
 
-    def _codes_and_hidden(
-        self, model: ETEGRecModel, batch: Batch, key: jax.Array | None
-    ) -> tuple[LossSum, jax.Array, CodeSequence]:
-        """The code loss, and the hidden states [B, T, D] of the sequences that it is of."""
-        assert self._turns is not None
-        ids_BH, lengths_B = batch["item_ids"], batch["lengths"]
-        sequence = self.sequence(model, ids_BH, lengths_B, with_target=True)
-        hidden_BTD = model.hidden(sequence, key)
-        place_H = jnp.arange(ids_BH.shape[1])
-        first_B = jnp.ones_like(lengths_B) if self._turns.targets == "all" else jnp.maximum(lengths_B - 1, 1)
-        # The first item has no history: what it is like is no part of what is asked.
-        weights_BH = ((place_H >= first_B[:, None]) & (place_H < lengths_B[:, None])).astype(jnp.float32)
-        live = model.ids.siblings(ids_BH) if self.spec.normalise == "children" else None
-        found = model.loss(hidden_BTD, sequence, weights_BH, live)
-        names = [f"code{level + 1}_loss" for level in range(len(self.spec.model.level_sizes))]
-        metrics = dict(zip(names, zip(found.totals_L, found.weights_L, strict=True), strict=True))
-        loss = LossSum(found.totals_L.sum(), found.weights_L.sum(), weights_BH.sum(), metrics)
-        return loss, hidden_BTD, sequence
+        return nnx.graphdef(nnx.eval_shape(make))
 
-    def _anchors(self, batch: Batch) -> Anchors:
-        """Where tokenizer and recommender are aligned: at every supervised item, each item once.
 
-        Behind a template's suffix stands the last one alone, and there the states are read.
-        """
-        assert self._turns is not None
-        template = self.spec.model.template
-        last_alone = self._turns.targets == "last" or (template is not None and bool(template.suffix))
-        return anchors(batch["item_ids"], batch["lengths"], last_alone=last_alone)
-
-    def _recommender_loss(self, model: ETEGRecModel, batch: Batch, key: jax.Array, step: jax.Array) -> LossSum:
-        turns = self._turns
-        assert turns is not None
-        codes, hidden_BTD, sequence = self._codes_and_hidden(model, batch, key)
-        codes = codes._replace(metrics={**codes.metrics, "code_loss": (codes.total, codes.weight)})
-        codes = codes._replace(total=turns.code_loss * codes.total)
-        if model.tokenizer is None:
-            return codes
-        at = self._anchors(batch)
-        states_AD = model.state_before(hidden_BTD, sequence, at.rows, at.places)
-        return self._with_alignment(codes, model, at, states_AD, step >= turns.aligned_from)
-
-    def _tokenizer_loss(self, model: ETEGRecModel, batch: Batch, key: jax.Array, step: jax.Array) -> LossSum:
-        """Reconstruction and quantisation of the anchors' items, each once, and both alignments."""
-        turns = self._turns
-        assert turns is not None and model.tokenizer is not None and model.vectors_NI is not None
-        sequence = self.sequence(model, batch["item_ids"], batch["lengths"], with_target=True)
-        at = self._anchors(batch)
-        states_AD = model.state_before(model.hidden(sequence, None), sequence, at.rows, at.places)
-        states_AD = jax.lax.stop_gradient(states_AD)
-        weights_A = at.kept.astype(jnp.float32)
-        found = model.tokenizer(model.vectors_NI[...][at.items])
-        parts = {"reconstruction_loss": found.reconstruction_loss_B, "quantization_loss": found.quantization_loss_B}
-        count = weights_A.sum()
-        metrics = {name: ((part_A * weights_A).sum(), count) for name, part_A in parts.items()}
-        own = LossSum((found.loss_B * weights_A).sum(), count, count, metrics)
-        from_step = turns.aligned_from * turns.tokenizer_steps // max(turns.recommender_steps, 1)
-        return self._with_alignment(own, model, at, states_AD, step >= from_step)
-
-    def _with_alignment(
-        self, loss: LossSum, model: ETEGRecModel, at: Anchors, states_AD: jax.Array, on: jax.Array
-    ) -> LossSum:
-        """The loss with both alignments' means beside its own mean; an item of several anchors counts once."""
-        turns, tokenizer = self._turns, model.tokenizer
-        assert turns is not None and tokenizer is not None and model.vectors_NI is not None
-        assert model.enc_adapter is not None and model.dec_adapter is not None
-        states_AD = states_AD.astype(jnp.float32)
-        item = tokenizer(model.vectors_NI[...][at.items])
-        preferred = tokenizer.quantizer.quantize(model.enc_adapter(states_AD))
-        sia = sia_loss(preferred.distances, item.quantized.distances, at.kept, turns.sia_sign)
-        psa = psa_loss(model.dec_adapter(states_AD), item.reconstruction_BI, at.kept)
-        total = loss.total
-        for weight, (part, count) in ((turns.kl_loss, sia), (turns.dec_cl_loss, psa)):
-            total += jnp.where(on, weight, 0.0) * part / jnp.maximum(count, 1.0) * loss.weight
-        return loss._replace(total=total, metrics={**loss.metrics, "sia_loss": sia, "psa_loss": psa})
+@functools.partial(jax.jit, static_argnums=0, static_argnames=("k", "beams", "normalise"))
+def search(
+    graphdef: Any, state: nnx.State, ids: jax.Array, lengths: jax.Array, exclude: jax.Array, *,
+    k: int, beams: int, normalise: Normalise,
+) -> tuple[jax.Array, jax.Array]:  # fmt: skip
+    """The program of `ETEGRec.recommend`, over a `SearchedModel`: no function of a run, so that runs share it."""
+    model = nnx.merge(graphdef, state)
+    sequence = model.sequence(ids, lengths, with_target=False)
+    scores, items = model.top_k(sequence, model.ids, k, beams=beams, exclude=exclude, normalise=normalise)
+    real_B1 = (lengths > 0)[:, None]
+    return jnp.where(real_B1, scores, -jnp.inf), jnp.where(real_B1, items, 0)
 
 
 def _is_table_of_words(path: tuple[Any, ...], _: Any) -> bool:

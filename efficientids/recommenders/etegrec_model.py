@@ -6,6 +6,7 @@ Legend: H history items, N items, I width of an item vector, L levels (the suffi
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import jax
@@ -14,7 +15,7 @@ import numpy as np
 
 from core.alignment import SIASign
 from core.beam_search import Normalise
-from core.code_sequences import Template, lay_out
+from core.code_sequences import CodeSequence, Template, lay_out
 from core.code_tables import build
 from core.config import LlamaConfig
 from core.functional import Buffer
@@ -122,12 +123,31 @@ class Contents:
     vectors_NI: np.ndarray | None = None
 
 
-class ETEGRecModel(LlamaETEGRecModel):
+class SearchedModel(LlamaETEGRecModel):
+    """What a search reads. How many items there are is in the padded shapes of `ids` alone: catalogues of equal shapes
+    share their programs.
+
+    Attributes:
+        ids: codes and trie.
+    """
+
+    def __init__(
+        self, config: ETEGRecConfig, table: TableShape, key: jax.Array, shared: Sequence[Any] = (), **parts: Any
+    ) -> None:
+        super().__init__(config, key, shared, **parts)
+        self.ids = SemanticIDs(table)
+
+    def sequence(self, item_ids_BH: jax.Array, lengths_B: jax.Array, *, with_target: bool) -> CodeSequence:
+        """Histories (int32 [B, H] right-padded, int32 [B]) → the codes that this table has for them, laid out."""
+        codes_BHL = self.ids.codes_of(item_ids_BH)
+        return lay_out(codes_BHL, lengths_B, self.config.template, with_target=with_target)
+
+
+class ETEGRecModel(SearchedModel):
     """The recommender, the tokenizer, the code table with its trie, and the tokenizer's input: one value.
 
     Attributes:
         tokenizer: None for codes that were given.
-        ids: codes and trie.
         vectors_NI: float32 [N + 1, I], row 0 zeros; None without a tokenizer.
     """
 
@@ -135,9 +155,8 @@ class ETEGRecModel(LlamaETEGRecModel):
         key_tokenizer, key_model = jax.random.split(key)
         tokenizer = None if spec.tokenizer is None else RQVAE(spec.tokenizer, key_tokenizer)
         shared = list(tokenizer.quantizer.codebooks) if spec.tied and tokenizer is not None else []
-        super().__init__(spec.model, key_model, shared, **parts)
+        super().__init__(spec.model, spec.table, key_model, shared, **parts)
         self.spec, self.tokenizer = spec, tokenizer
-        self.ids = SemanticIDs(spec.table)
         width = None if spec.tokenizer is None else spec.tokenizer.input_dim
         self.vectors_NI = None if width is None else Buffer(jnp.zeros((spec.num_items + 1, width)))
 
@@ -186,7 +205,7 @@ class ETEGRecModel(LlamaETEGRecModel):
         kept_B = jnp.minimum(count_B, spec.max_items)
         columns_BH = (count_B - kept_B)[:, None] + jnp.arange(min(width, spec.max_items))
         ids_BH = jnp.take_along_axis(packed_BT, jnp.minimum(columns_BH, width - 1), axis=1)
-        sequence = lay_out(self.ids.codes_of(ids_BH), kept_B, spec.model.template, with_target=False)
+        sequence = self.sequence(ids_BH, kept_B, with_target=False)
         beams = max(top_k, spec.beams)
         scores_Bk, items_Bk = self.top_k(
             sequence, self.ids, top_k, beams=beams, exclude=exclude, normalise=spec.normalise

@@ -68,7 +68,7 @@ def _nearest(graphdef: Any, state: nnx.State, vectors_NI: jax.Array) -> jax.Arra
 
 @functools.partial(jax.jit, static_argnums=0)
 def _latents(graphdef: Any, state: nnx.State, vectors_NI: jax.Array) -> jax.Array:
-    return nnx.merge(graphdef, state).encoder(vectors_NI[1:])
+    return nnx.merge(graphdef, state).latents(vectors_NI[1:])
 
 
 def _in_words(row: dict[str, Any], suffixes: int) -> str:

@@ -145,6 +145,9 @@ def contents(config: TrainConfig, dataset: Dataset, record: Record = unrecorded)
         found = make_tokenizer(
             vectors, _settings(config), _say, lambda row: record({**row, "event": "pretraining", "step": 0})
         )
+        # One tokenizer for all: nothing says that two machines round alike.
+        codes_NL, parameters, vectors_NI = processes.of_first((found.codes_NL, found.parameters, found.vectors_NI))
+        found = dataclasses.replace(found, codes_NL=codes_NL, parameters=parameters, vectors_NI=vectors_NI)
     _say(f"codes of version {found.version}: {source}")
     rqvae = None if found.rqvae is None else found.rqvae_model()
     return Contents(np.asarray(found.codes_NL[1:]), rqvae, None if rqvae is None else found.vectors_NI)

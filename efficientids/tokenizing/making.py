@@ -49,7 +49,7 @@ def make_tokenizer(
     if settings.method == "rqvae":
         model = pretrain(vectors_NI, settings, say, record)
         rqvae, parameters, quantizer = model.config, parameters_of(model), model.quantizer
-        latents_Nd = model.encoder(jnp.asarray(vectors_NI[1:]))
+        latents_Nd = model.latents(jnp.asarray(vectors_NI[1:]))
     else:
         rows = sample(vectors.num_items, settings.seed)
         codebooks = residual_kmeans(vectors_NI[rows], settings.levels, jax.random.key(settings.seed))
@@ -58,11 +58,25 @@ def make_tokenizer(
         latents_Nd = jnp.asarray(vectors_NI[1:])
     last = len(settings.levels) - 1
     codes_NL = spread_codes(quantizer, latents_Nd, (last,)) if settings.sinkhorn else quantizer.codes(latents_Nd)
+    _refuse_equal(vectors_NI[1:], settings.suffix_size)
     codes_NL, metrics = suffixed(np.asarray(codes_NL), settings.levels, settings.suffix_size)
     return Tokenizer(
         None, settings.method, codes_NL, (*settings.levels, settings.suffix_size), rqvae, parameters, standard,
         vectors_NI, dataclasses.asdict(settings), metrics,
     )  # fmt: skip
+
+
+def _refuse_equal(vectors_NI: np.ndarray, suffix_size: int) -> None:
+    """Raises UserError where more items have one vector, and so equal codes, than the suffix level can tell apart."""
+    rows_N = np.ascontiguousarray(vectors_NI).view(f"V{vectors_NI.shape[1] * vectors_NI.itemsize}").ravel()
+    _, counts = np.unique(rows_N, return_counts=True)
+    if counts.max() > suffix_size:
+        raise UserError(
+            f"--suffix_size {suffix_size}: {counts.max()} items have one and the same vector, so no codes can part "
+            "them; mostly nothing is known of them, as of items of the table that nobody chose. Give vectors that know "
+            "them (`embed-items` with texts), leave them out (`prepare --catalogue interactions`), or give "
+            f"--suffix_size at least {counts.max()}"
+        )
 
 
 def suffixed(codes_NL: np.ndarray, levels: tuple[int, ...], suffix_size: int) -> tuple[np.ndarray, dict[str, Any]]:

@@ -10,12 +10,15 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import nnx
+from jax.sharding import Mesh
 
+from core import sharding
 from core.lora import is_adapter
 from efficientids.recommenders.base import Phase, Recommender, turns
+from efficientids.training.step import make_mean_gradient
 
 FROZEN = "no gradient: frozen in this phase"
 STARTS_AT_ZERO = "zero: B, which it is multiplied by, starts at zero"
@@ -32,31 +35,37 @@ class Part(NamedTuple):
     reason: str | None
 
 
-def check_gradients(recommender: Recommender, model: nnx.Module, seed: int) -> list[Part]:
+def check_gradients(
+    recommender: Recommender, model: nnx.Module, seed: int, *, accumulation: int = 1, mesh: Mesh | None = None
+) -> list[Part]:
     """The parts of a model at its start, in each phase of its plan.
 
-    The loss is that of the phase's last step, when all its terms are on, in the first batch of the run.
+    The loss is that of the phase's last step, when all its terms are on, in the first batch of the run, taken in the
+    micro-batches of a step and on its mesh: what fits to train fits to check.
     """
-    return [part for phase, repeats in turns(recommender.plan()) for part in _parts(phase, repeats, model, seed)]
+    plan = turns(recommender.plan())
+    return [part for phase, n in plan for part in _parts(phase, n, model, seed, accumulation, mesh)]
 
 
-def _parts(phase: Phase, repeats: int, model: nnx.Module, seed: int) -> list[Part]:
+def _parts(
+    phase: Phase, repeats: int, model: nnx.Module, seed: int, accumulation: int, mesh: Mesh | None
+) -> list[Part]:
     trained = nnx.All(nnx.Param, nnx.Any(*(filter_ for filter_, _ in phase.groups)))
     graphdef, *states = nnx.split(model, trained, nnx.Param, ...)
     params, other, rest = states
     batch = {name: value for name, value in next(phase.batches(seed, 0)).items() if name in phase.batch_specs[0]}
-    last = jnp.asarray(phase.num_steps * repeats - 1)
-
-    def mean(params: nnx.State) -> jax.Array:
-        found = phase.loss(nnx.merge(graphdef, params, other, rest), batch, jax.random.key(seed), last)
-        return found.total / jnp.maximum(found.weight, 1e-9)
-
-    grads = jax.jit(jax.grad(mean))(params)
+    if mesh is not None:
+        batch = sharding.rows_of_process(batch, mesh)
+    # All by argument: what a program closes over becomes constants in it, a frozen 7B too.
+    gradient = jax.jit(make_mean_gradient(graphdef, phase.loss, accumulation, mesh))
+    key = jax.jit(lambda: jax.random.key(seed), out_shardings=None if mesh is None else sharding.whole(mesh))()
+    last = np.int32(phase.num_steps * repeats - 1)
+    (grads,), _ = gradient((params,), nnx.merge_state(other, rest), batch, key, last)
     adapters = set(_by_part(nnx.filter_state(params, is_adapter)))
     off = {path: why for filter_, why in phase.switched_off for path in _by_part(nnx.filter_state(params, filter_))}
     parts = []
     for path, leaves in _by_part(grads).items():
-        norm = float(optax.tree.norm(leaves))
+        norm = float(sharding.to_host(optax.tree.norm(leaves)))
         half = path.endswith(".a") and path in adapters
         reason = None if norm else off.get(path, STARTS_AT_ZERO if half else NOT_READ)
         parts.append(Part(phase.name, path, _size(leaves), norm, reason))

@@ -147,17 +147,14 @@ def _check_rows(phase: Phase, mesh: Mesh, accumulation: int) -> None:
                 )
 
 
-def _make_step(
-    graphdef: Any,
-    phase: Phase,
-    optimizers: list[optax.GradientTransformation],
-    rate: optax.Schedule,
-    accumulation: int,
-    grad_clip: float,
-    mesh: Mesh | None,
-) -> Callable[..., Any]:
+def make_mean_gradient(
+    graphdef: nnx.GraphDef[Any], loss_of: Callable[..., LossSum], accumulation: int, mesh: Mesh | None
+) -> Callable[[tuple[nnx.State, ...], nnx.State, Batch, jax.Array, jax.Array], tuple[Any, LossSum]]:
+    """(params, frozen, batch, key, step) → the gradient of the mean loss over A micro-batches, and the sums; to be
+    compiled."""
+
     def sums(params: Any, frozen: nnx.State, batch: Batch, key: jax.Array, step: jax.Array) -> tuple[Any, LossSum]:
-        loss = phase.loss(nnx.merge(graphdef, *params, frozen), batch, key, step)
+        loss = loss_of(nnx.merge(graphdef, *params, frozen), batch, key, step)
         return loss.total, loss
 
     def gradient(params: Any, frozen: nnx.State, batch: Batch, key: jax.Array, step: jax.Array) -> tuple[Any, LossSum]:
@@ -176,13 +173,31 @@ def _make_step(
         zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
         return jax.lax.scan(add, zeros, (jnp.arange(accumulation), micro))[0]
 
+    def mean(params: Any, frozen: nnx.State, batch: Batch, key: jax.Array, step: jax.Array) -> tuple[Any, LossSum]:
+        with rows.on(mesh):
+            grads, loss = gradient(params, frozen, batch, key, step)
+        weight = jnp.maximum(loss.weight, 1e-9)
+        return jax.tree.map(lambda g: g / weight.astype(g.dtype), grads), loss
+
+    return mean
+
+
+def _make_step(
+    graphdef: Any,
+    phase: Phase,
+    optimizers: list[optax.GradientTransformation],
+    rate: optax.Schedule,
+    accumulation: int,
+    grad_clip: float,
+    mesh: Mesh | None,
+) -> Callable[..., Any]:
+    mean_gradient = make_mean_gradient(graphdef, phase.loss, accumulation, mesh)
+
     def train_step(
         state: TrainState, frozen: nnx.State, batch: Batch, key: jax.Array
     ) -> tuple[TrainState, dict[str, jax.Array]]:
-        with rows.on(mesh):
-            grads, loss = gradient(state.params, frozen, batch, jax.random.fold_in(key, state.step), state.step)
-        weight = jnp.maximum(loss.weight, 1e-9)
-        grads = jax.tree.map(lambda g: g / weight.astype(g.dtype), grads)
+        key = jax.random.fold_in(key, state.step)
+        grads, loss = mean_gradient(state.params, frozen, batch, key, state.step)
         norm = optax.tree.norm(grads)
         if grad_clip:
             scale = jnp.minimum(1.0, grad_clip / jnp.maximum(norm, 1e-12))
@@ -192,7 +207,7 @@ def _make_step(
             updates, o = tx.update(g, o, p)
             params.append(optax.apply_updates(p, updates))
             opt_states.append(o)
-        metrics = {"loss": loss.total / weight, "targets": loss.items, "grad_norm": norm}
+        metrics = {"loss": loss.total / jnp.maximum(loss.weight, 1e-9), "targets": loss.items, "grad_norm": norm}
         metrics["learning_rate"] = rate(state.step)
         metrics |= {name: value / jnp.maximum(w, 1e-9) for name, (value, w) in loss.metrics.items()}
         return TrainState(state.step + 1, tuple(params), tuple(opt_states)), metrics

@@ -209,8 +209,11 @@ class _Loop:
                 self._read(*unread)
                 unread = None
                 with self._log.untimed():
-                    model = self._ended(step, self._program.model(state)) if last else self._program.model(state)
+                    model = self._ended(step, self._program.model(state))
                     self.ended = due and self._evaluate_and_save(step, model, state)
+                    if phase.on_end is not None:
+                        self._program = self._program.resumed(model, state)
+                        state, frozen = self._program.state, self._program.frozen
                 began = time.perf_counter()
                 if self.ended:
                     self._log.flush()
@@ -224,7 +227,7 @@ class _Loop:
         return done % self._options.eval_every == 0 or done == self._turn.total
 
     def _ended(self, step: int, model: nnx.Module) -> nnx.Module:
-        """The model after the turn, where it lay before: what `on_end` makes on the host lies on one device alone."""
+        """The model as it is validated, laid as before: what `on_end` makes on the host lies on one device alone."""
         if self._phase.on_end is None:
             return model
         ended, mesh = self._phase.on_end(model), self._options.mesh

@@ -141,15 +141,19 @@ def test_equal_scores_come_by_item_id(k: int) -> None:
 
 def test_codes_follow_their_parents() -> None:
     # The seed's beams kept codes of one parent under the prefix of another: (0, 1) and (1, 0) would come out.
-    codes = np.array([[0, 0, 0, 0], [1, 1, 1, 1]])
+    codes = np.array([[0, 0, 0, 0], [1, 1, 1, 1], [1, 1, 2, 0]])
     tables = Tables(5)
-    for level, logits in enumerate(tables.logits):
+    for logits in tables.logits:
         logits[...] = 0.0
-        logits[:, 0] = 1.0 if level == 0 else 0.0  # row by row the first code leads at first, the second in the end
-    tables.logits[1][:, 1, 1] = 9.0
-    for scores, items in results(tables, build(codes, SIZES), k=2, beams=2):
-        assert items.tolist() == [2, 1]
-        assert scores[0] > scores[1]
+    tables.logits[0][:, 0] = 1.0  # the first code leads at first,
+    tables.logits[1][:, 1, 1] = 9.0  # the second from the second level on: the beams change places.
+    # What comes next depends on the prefix: under the other beam's the order would be another.
+    tables.logits[2][:, 1, 1, 2], tables.logits[2][:, 0, 0, 1] = 2.0, 5.0
+    tables.logits[3][:, 1, 1, 2, 0], tables.logits[3][:, 1, 1, 1, 1] = 0.0, 1.0
+    for row, (scores, items) in enumerate(results(tables, build(codes, SIZES), k=3, beams=3)):
+        assert items.tolist() == [3, 2, 1]
+        expected = [tables.score(row, codes[item - 1], codes, "alphabet") for item in items]
+        np.testing.assert_allclose(scores, expected, atol=1e-5)
 
 
 def test_more_results_than_beams_are_the_last_beams_other_items() -> None:

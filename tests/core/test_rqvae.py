@@ -9,6 +9,7 @@ import optax
 import pytest
 from flax import nnx
 
+from core import rqvae
 from core.residual_kmeans import residual_kmeans
 from core.rqvae import RQVAE, RQVAEConfig
 
@@ -38,6 +39,13 @@ def test_rows_are_independent() -> None:
     model, x = RQVAE(CONFIG, jax.random.key(0)), _items(12)
     alone, beside = model(x[:5]), model(x)
     np.testing.assert_allclose(alone.loss_B, beside.loss_B[:5], rtol=1e-5)
+
+
+def test_latents_of_a_catalogue_are_the_encoders(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rqvae, "INDEXED_AT_A_TIME", 5)
+    model, x = RQVAE(CONFIG, jax.random.key(0)), _items(12)
+    np.testing.assert_allclose(model.latents(x), model.encoder(x), atol=1e-5)
+    np.testing.assert_array_equal(model.codes(x), model(x).quantized.codes_BL)
 
 
 def test_learns_to_reconstruct_from_codes() -> None:

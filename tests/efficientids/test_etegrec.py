@@ -15,49 +15,32 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 from flax import nnx
 
-from core.alignment import first_occurrences
 from core.code_tables import verify
 from core.semantic_ids import version_name
 from core.sharding import MeshShape, make_mesh
 from efficientids import systems
 from efficientids.checkpoints import writer
 from efficientids.data.dataset import Dataset
+from efficientids.data.generated import generate
 from efficientids.errors import UserError
 from efficientids.evaluation.evaluate import evaluate
 from efficientids.loading import load_run, open_run
 from efficientids.options import TrainConfig
-from efficientids.recommenders import reindexing
-from efficientids.recommenders.base import Cycle, Histories, turns
-from efficientids.recommenders.etegrec import ETEGRec
+from efficientids.recommenders import etegrec, reindexing, shapes
+from efficientids.recommenders.base import Cycle, Histories
+from efficientids.recommenders.etegrec import ETEGRec, search
 from efficientids.recommenders.etegrec_model import ETEGRecModel, ETEGRecSpec, code_table
 from efficientids.systems.base import Scale
 from efficientids.tokenizing import cli
 from efficientids.train import main
-from efficientids.training.gradient_check import FROZEN, NOT_READ, as_text, check_gradients
-from efficientids.training.step import build_program
+from tests.efficientids.etegrec_parts import OF_MAKING, made
 from tests.efficientids.tiny import ETEGREC_JOB as JOB
 from tests.efficientids.tiny import NUM_ITEMS, events, flags
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
-
-
-# Flags of a tokenizer to be made: refused where there is one.
-OF_MAKING = ("levels", "suffix_size", "pretrain_epochs")
-
-
-def made(dataset: Dataset, **more: Any) -> tuple[ETEGRec, ETEGRecModel, TrainConfig]:
-    """The recommender of a job and its model at the start."""
-    system = systems.get("etegrec")
-    job = {name: value for name, value in JOB.items() if "semantic_ids" not in more or name not in OF_MAKING}
-    config = system.resolve(TrainConfig(**{**job, "epochs": 2.0, **more}), Scale.of(dataset))
-    recommender = system.recommender(config, dataset, None)
-    model = system.start(recommender, config)
-    assert isinstance(recommender, ETEGRec) and isinstance(model, ETEGRecModel)
-    return recommender, model, config
 
 
 @pytest.fixture(scope="module")
@@ -150,58 +133,6 @@ def test_ids_of_another_version_are_refused(run: Path, tiny_data: Dataset, tmp_p
         main([*given, f"--semantic_ids={other}", "--num_steps=1"])
 
 
-def parts_of(phase_name: str, recommender: ETEGRec, model: ETEGRecModel) -> tuple[Any, Any]:
-    """One step of a phase at its start: the model's flat state before and after."""
-    ((phase, repeats),) = [turn for turn in turns(recommender.plan()) if turn[0].name == phase_name]
-    program = build_program(model, phase, accumulation=1, grad_clip=1.0, donate=False, repeats=repeats)
-    batch = {name: value for name, value in next(phase.batches(0, 0)).items() if name in phase.batch_specs[0]}
-    state, _ = program.step(program.state, program.frozen, batch, jax.random.key(0))
-    before, after = (dict(nnx.to_flat_state(nnx.state(m))) for m in (model, program.model(state)))
-    return before, after
-
-
-def changed(before: Any, after: Any) -> set[str]:
-    names = set()
-    for path, leaf in before.items():
-        if jnp.issubdtype(leaf.dtype, jnp.floating) and bool((leaf[...] != after[path][...]).any()):
-            names.add(str(path[0]))
-    return names
-
-
-def test_each_phase_trains_its_own(start: tuple[ETEGRec, ETEGRecModel, TrainConfig], tiny_data: Dataset) -> None:
-    recommender, model, _ = start
-    assert changed(*parts_of("tokenizer", recommender, model)) == {"tokenizer"}
-    own = {"llama", "tables", "soft_embedding", "codebook_logits", "begin_D"}
-    aligned, aligned_model, _ = made(tiny_data, aligned_from=0.0)
-    assert changed(*parts_of("recommender", aligned, aligned_model)) == own | {"enc_adapter", "dec_adapter"}
-    assert changed(*parts_of("finetune", recommender, model)) == own
-
-
-@pytest.mark.slow
-def test_tables_start_as_the_codebooks_or_are_them(
-    start: tuple[ETEGRec, ETEGRecModel, TrainConfig], tiny_data: Dataset
-) -> None:
-    _, model, _ = start
-    assert model.tokenizer is not None
-    for table, codebook in zip(model.tables, model.tokenizer.quantizer.codebooks, strict=False):
-        np.testing.assert_array_equal(table[...], codebook[...])
-        assert table is not codebook
-    recommender, tied, _ = made(tiny_data, tie_to_tokenizer=True)
-    assert tied.tokenizer is not None
-    assert tied.tables[0] is tied.tokenizer.quantizer.codebooks[0] and len(tied.tables) == 3
-    before, after = parts_of("recommender", recommender, tied)
-    assert "tables" in changed(before, after) and "tokenizer" not in changed(before, after)
-    (cycle,) = (part for part in recommender.plan() if isinstance(part, Cycle))
-    assert all(phase.on_end is not None for phase in cycle.phases)  # whatever moves codebooks indexes anew
-    assert "tables" not in changed(*parts_of("finetune", recommender, tied)) or _suffix_alone(recommender, tied)
-
-
-def _suffix_alone(recommender: ETEGRec, model: ETEGRecModel) -> bool:
-    before, after = parts_of("finetune", recommender, model)
-    moved = [path for path in before if path[0] == "tables" and (before[path][...] != after[path][...]).any()]
-    return [path[1] for path in moved] == [2]
-
-
 def test_turns_without_the_tokenizers(tiny_data: Dataset) -> None:
     """One run; but with tied tables items are indexed anew after every turn."""
     system, scale = systems.get("etegrec"), Scale.of(tiny_data)
@@ -276,55 +207,6 @@ def test_codes_that_were_spread_are_spread_again(tiny_data: Dataset, tmp_path: P
     assert not ETEGRecSpec.from_json(json.loads(json.dumps(old))).sinkhorn
 
 
-def test_losses_against_plain_loops(start: tuple[ETEGRec, ETEGRecModel, TrainConfig]) -> None:
-    """The code loss of a batch, item by item: all that have something before them, or the last alone."""
-    recommender, model, _ = start
-    batch = {"item_ids": np.array([[3, 5, 9, 2], [7, 1, 0, 0]], np.int32), "lengths": np.array([4, 2], np.int32)}
-    (phase, _), *_ = [turn for turn in turns(recommender.plan()) if turn[0].name == "recommender"]
-    found = phase.loss(model, batch, jax.random.key(0), jnp.int32(0))
-    total, count = 0.0, 0
-    for ids, length in zip(batch["item_ids"], batch["lengths"], strict=True):
-        sequence = recommender.sequence(model, jnp.asarray(ids[None, :length]), jnp.array([length]), with_target=True)
-        hidden_TD = model.hidden(sequence)[0]
-        for item in range(1, length):
-            codes_L = np.asarray(model.ids.codes_RL[...])[ids[item]]
-            for level, code in enumerate(codes_L):
-                # One begin vector, then the items before, then the codes before.
-                log_p_K = jax.nn.log_softmax(model.logits(hidden_TD[item * len(codes_L) + level], level))
-                total -= float(log_p_K[code])
-                count += 1
-    assert float(found.weight) == count == 12 and float(found.items) == 4
-    assert float(found.total) == pytest.approx(total, rel=1e-5)
-    last = ETEGRec(
-        recommender.spec, training=recommender._training,
-        turns=dataclasses.replace(recommender._turns, targets="last"),
-    )  # fmt: skip
-    (phase, _), *_ = [turn for turn in turns(last.plan()) if turn[0].name == "recommender"]
-    assert float(phase.loss(model, batch, jax.random.key(0), jnp.int32(0)).weight) == 6
-
-
-def test_a_target_that_stands_twice_counts_once(start: tuple[ETEGRec, ETEGRecModel, TrainConfig]) -> None:
-    recommender, model, _ = start
-    ((phase, _),) = [turn for turn in turns(recommender.plan()) if turn[0].name == "tokenizer"]
-    rows = {"item_ids": np.array([[3, 5], [7, 5], [2, 9]], np.int32), "lengths": np.full(3, 2, np.int32)}
-    found = phase.loss(model, rows, jax.random.key(0), jnp.int32(0))
-    assert float(found.weight) == 2
-    np.testing.assert_array_equal(first_occurrences(jnp.array([5, 5, 9])), [True, False, True])
-
-
-@pytest.mark.slow
-def test_gradients_by_part(start: tuple[ETEGRec, ETEGRecModel, TrainConfig]) -> None:
-    """Every part that a phase trains gets some; what is frozen is said to be."""
-    recommender, model, _ = start
-    parts = {(part.phase, part.path): part for part in check_gradients(recommender, model, 0)}
-    for path in ("tokenizer.encoder.layers.0", "tokenizer.quantizer.codebooks.0", "tokenizer.decoder.layers.0"):
-        assert (parts["tokenizer", path].norm or 0) > 0 and parts["recommender", path].reason == FROZEN
-    for path in ("soft_embedding.scid_projector", "codebook_logits.output_projector", "enc_adapter", "dec_adapter"):
-        assert (parts["recommender", path].norm or 0) > 0, path
-    assert parts["finetune", "enc_adapter"].reason == FROZEN
-    assert not [part for part in parts.values() if part.reason == NOT_READ]
-
-
 def test_a_loaded_run_is_called_as_the_readme_says(run: Path) -> None:
     """Items where the mask says so, wherever they stand; the newest that the model looks at."""
     model, params, config = load_run(run)
@@ -347,6 +229,8 @@ def test_a_loaded_run_is_called_as_the_readme_says(run: Path) -> None:
 
 def test_padding_gets_nothing_and_results_are_items(start: tuple[ETEGRec, ETEGRecModel, TrainConfig]) -> None:
     recommender, model, _ = start
+    with pytest.raises(ValueError, match=r"row 0 has item id 0, which is padding, at place 0 of its 3 items"):
+        recommender.recommend(model, Histories(np.array([[0, 1, 2]], np.int32), np.array([3], np.int32)), 4, None)
     histories = Histories(np.array([[1, 2, 3], [0, 0, 0]], np.int32), np.array([3, 0], np.int32), padding=1)
     found = recommender.recommend(model, histories, 4, np.array([[1, 2, 3], [0, 0, 0]], np.int32))
     assert (found.item_ids[1] == 0).all() and np.isneginf(found.scores[1]).all()
@@ -355,32 +239,40 @@ def test_padding_gets_nothing_and_results_are_items(start: tuple[ETEGRec, ETEGRe
     assert len(set(found.item_ids[0])) == 4 and not {0, 1, 2, 3} & set(found.item_ids[0].tolist())
 
 
-def test_gradients_that_a_weight_of_zero_takes_away(tiny_data: Dataset) -> None:
-    """Each codebook has a line of its own, frozen or not, and an adapter without a loss says which flag that is."""
-    recommender, model, _ = made(tiny_data, aligned_from=0.0, kl_loss=0.0, finetune_epochs=0.0)
-    recommender_alone = dataclasses.replace(recommender._turns, tokenizer_steps=0)  # one phase compiles faster
-    recommender._turns = recommender_alone
-    text = as_text(check_gradients(recommender, model, 0))
-    (line,) = (line for line in text.splitlines() if "enc_adapter" in line)
-    assert line.endswith("zero: --kl_loss 0")
-    for level in range(2):
-        (line,) = (line for line in text.splitlines() if f"tokenizer.quantizer.codebooks.{level} " in line)
-        assert FROZEN in line
+def test_a_new_catalogue_compiles_nothing(tiny_data: Dataset, tmp_path: Path) -> None:
+    """A system of other items, trained elsewhere, whose padded shapes are the same."""
+    other = generate(num_users=50, num_items=27, shortest=5, longest=12, seed=3).write(tmp_path / "other")
+    histories = Histories(np.array([[1, 2, 3]], np.int32), np.array([3], np.int32))
+    systems_ = [made(dataset)[:2] for dataset in (tiny_data, other)]
+    assert len({recommender.spec.num_items for recommender, _ in systems_}) == 2
+    compiled = []
+    for recommender, model in systems_:
+        found = recommender.recommend(model, histories, 4, None)
+        assert found.item_ids.min() > 0 and found.item_ids.max() <= recommender.spec.num_items
+        compiled.append(search._cache_size())
+    assert compiled[0] == compiled[1] > 0
 
 
-@pytest.mark.parametrize("phase_name", [pytest.param("tokenizer", marks=pytest.mark.slow), "recommender"])
-def test_a_step_on_a_mesh_is_that_of_one_device(phase_name: str, tiny_data: Dataset) -> None:
-    """Both alignments are on: the negatives of one row are those of every device."""
-    recommender, model, _ = made(tiny_data, aligned_from=0.0, kl_loss=0.01, dec_cl_loss=0.1)
-    ((phase, _),) = [turn for turn in turns(recommender.plan()) if turn[0].name == phase_name]
-    batch = {name: value for name, value in next(phase.batches(0, 0)).items() if name in phase.batch_specs[0]}
-    found = []
-    for mesh in (None, make_mesh(MeshShape(data=2, fsdp=2))):
-        program = build_program(model, phase, accumulation=1, grad_clip=1.0, donate=False, mesh=mesh)
-        key = program.key(0, 0)
-        state, metrics = program.step(program.state, program.frozen, program.on_devices(batch), key)
-        moments = [optax.tree.get(group, "mu") for group in state.opt_states]
-        found.append(jax.tree.map(np.asarray, (metrics, moments)))
-    for one, other in zip(*map(jax.tree.leaves, found), strict=True):
-        np.testing.assert_allclose(other, one, rtol=0, atol=1e-5 * max(float(np.abs(one).max()), 1e-6))
-    assert {"sia_loss", "psa_loss"} <= found[0][0].keys()
+def test_rows_that_do_not_fit_are_searched_in_parts(
+    start: tuple[ETEGRec, ETEGRecModel, TrainConfig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recommender, model, _ = start
+    ids = np.arange(1, 22, dtype=np.int32).reshape(7, 3)
+    histories = Histories(ids, np.full(7, 3, np.int32))
+    whole = recommender.recommend(model, histories, 4, ids)
+    a_row = model.search_bytes(1 + 6 * 3, 4)
+    monkeypatch.setattr(shapes, "RANKING_BYTES", 2 * a_row)
+    assert [shapes.rows_at_once(count, a_row, None) for count in (1, 2, 8)] == [1, 2, 2]
+    assert shapes.rows_at_once(8, a_row, make_mesh(MeshShape(data=2))) == 4
+    assert shapes.rows_at_once(8, 9 * a_row, make_mesh(MeshShape(data=2))) == 2  # never less than one a device
+    sizes: list[int] = []
+
+    def counted(graphdef: Any, state: Any, ids: Any, *rest: Any, **more: Any) -> Any:
+        sizes.append(len(ids))
+        return search(graphdef, state, ids, *rest, **more)
+
+    monkeypatch.setattr(etegrec, "search", counted)
+    parts = recommender.recommend(model, histories, 4, ids)
+    assert sizes == [2, 2, 2, 2]
+    np.testing.assert_array_equal(parts.item_ids, whole.item_ids)
+    np.testing.assert_allclose(parts.scores, whole.scores, atol=1e-5)

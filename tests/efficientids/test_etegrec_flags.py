@@ -36,9 +36,9 @@ from efficientids.tokenizing.tokenizer import Tokenizer, fill, parameters_of, wi
 from efficientids.tokenizing.vectors import Standard
 from efficientids.train import _steps, main
 from tests.conftest import ROOT
-from tests.efficientids.test_etegrec import made
+from tests.efficientids.etegrec_parts import made
 from tests.efficientids.test_main_job import tokenizer
-from tests.efficientids.tiny import NUM_ITEMS, flags
+from tests.efficientids.tiny import NUM_ITEMS, events, flags
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
@@ -303,21 +303,26 @@ def test_flags_that_cannot_be(tiny_data: Dataset, line: dict[str, Any], message:
 def test_the_configurations_of_a_7b_train_at_tiny_size(
     file: str, tiny_data: Dataset, real_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """With LoRA on the pretrained stories260K in the 7B's place; text goes through its own tokenizer."""
+    """A turn of each, then fine-tuning from the best, with LoRA on the pretrained stories260K in the 7B's place, which
+    no checkpoint holds; text goes through its own tokenizer."""
     config = ROOT / "configs" / file
-    small = {"levels": "6,6", "suffix_size": 32, "code_dim": 8, "pretrain_epochs": 1, "finetune_epochs": 0}
+    small = {"levels": "6,6", "suffix_size": 32, "code_dim": 8, "pretrain_epochs": 1, "finetune_epochs": 0.05}
     given = flags(
         config=config, llama_size="tiny", weights=real_data / "stories260K" / "hf", data_dir=tiny_data.path,
-        checkpoint_dir=tmp_path / "run", num_steps=1, max_seq_len=6, precision="float32", tokenizer_epochs=0, **small,
+        checkpoint_dir=tmp_path / "run", num_steps=2, max_seq_len=6, precision="float32", tokenizer_epochs=0.05,
+        recommender_epochs=0.05, eval_every=1, log_every=1, **small,
     )  # fmt: skip
     assert main(given) == 0
+    phases = [row["phase"] for row in events(tmp_path / "run", "step")]
+    assert list(dict.fromkeys(phases)) == ["tokenizer", "recommender", "finetune"]
+    assert len(events(tmp_path / "run", "reindexed")) == phases.count("tokenizer") > 0
     loaded = open_run(tmp_path / "run")
     spec, model = loaded.recommender.spec, loaded.model
     assert spec.model.lora is not None and spec.model.lora.rank == 64 and loaded.description["frozen_weights"]
     assert (spec.model.template is not None) == ("text" in file)
     if spec.model.template is not None:
         ids, lengths = jnp.array([[3, 5, 0]]), jnp.array([2])
-        sequence = loaded.recommender.sequence(model, ids, lengths, with_target=False)
+        sequence = model.sequence(ids, lengths, with_target=False)
         template = spec.model.template
         whole = [*template.prefix, *np.asarray(model.ids.codes_of(ids))[0, :2].ravel(), *template.suffix]
         assert sequence.text is not None

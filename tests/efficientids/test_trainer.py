@@ -321,6 +321,26 @@ def test_what_the_end_of_a_turn_makes_lies_on_the_mesh(tmp_path: Path) -> None:
         assert [one.device_set for one in layout] == [set(mesh.devices.flat)] * 3
 
 
+def test_the_end_of_a_turn_comes_before_each_validation_in_it(tmp_path: Path) -> None:
+    """What is validated and saved, and trained on from there, is what `on_end` made."""
+    found: list[int] = []
+
+    def validate(model: Any) -> dict[str, float]:
+        found.append(int(model.turns[...]))
+        return {"ndcg@10": 0.0}
+
+    run = run_in_turns(tmp_path / "run", InTurns(validated=True), validate, eval_every=1)
+    assert [(row["step"], row["turns"]) for row in rows(run, "counted")] == [
+        (1, 1), (2, 2), (5, 3), (6, 4), (9, 5), (10, 6),
+    ]  # fmt: skip
+    assert found == [1, 2, 2, 2, 3, 4, 4, 4, 5, 6, 6, 6]
+    assert [row["turns"] for row in rows(run, "step") if row["phase"] == "v"] == [2, 2, 4, 4, 6, 6]
+    shapes = nnx.state(nnx.eval_shape(TwoParts))
+    assert checkpoints.restore(run.checkpoints, 10, shapes)["turns"][...] == 6
+    straight = run_in_turns(tmp_path / "straight", InTurns())
+    assert [row["loss"] for row in rows(run, "step")] == [row["loss"] for row in rows(straight, "step")]
+
+
 def test_a_cycle_is_compiled_once(tmp_path: Path) -> None:
     counts: list[int] = []
 

@@ -2,20 +2,30 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 import pytest
+from flax import nnx
 from jax.sharding import SingleDeviceSharding
 
-from core import attention
+from core import attention, sharding
 from core.config import TINY
+from core.sharding import MeshShape, make_mesh
 from efficientids import systems
+from efficientids.config import parse
 from efficientids.options import TrainConfig
 from efficientids.planning import gpu
 from efficientids.planning.candidates import Candidates
 from efficientids.planning.devices import DEVICES
+from efficientids.recommenders.etegrec import ETEGRec, search
+from efficientids.recommenders.shapes import RANKING_BYTES, rows_at_once
 from efficientids.systems.base import Scale
+from tests.conftest import ROOT
 from tests.efficientids.planning.targets import gpu_target, need_plugin
+from tests.efficientids.test_main_job import tokenizer
+from tests.efficientids.tiny import flags
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -51,6 +61,37 @@ def test_the_7b_training_step_compiles_for_an_rtx_5090() -> None:
     kept = need.estimate.exact - need.estimate.parts["gradients"]
     assert 0 < memory.arguments - kept < 2**16
     assert abs(need.estimate.total / memory.peak - 1) < 0.1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("file", ["etegrec_llama2_7b_5090.yaml", "etegrec_llama2_7b_text_5090.yaml"])
+def test_a_7b_that_fits_to_train_fits_to_search(file: str, tmp_path: Path) -> None:
+    """Validation's 256 rows at once would need 45 GiB. `search_bytes` is near XLA's account, so parts of them fit."""
+    tokenizer(tmp_path, ["The user has bought: Next, the buys:"])
+    words = flags(tokenizer=tmp_path / "tokenizer.json") if "text" in file else []
+    config = parse([*flags(config=ROOT / "configs" / file), *words])
+    system, scale, device = systems.get("etegrec"), Scale(), DEVICES["rtx5090"]
+    recommender = system.planned(system.resolve(config, scale), scale)
+    assert isinstance(recommender, ETEGRec)
+    model = nnx.eval_shape(recommender.init, jax.random.key(0))
+    mesh = make_mesh(MeshShape(), gpu.described(device, 1))
+    graphdef, state = nnx.split(recommender.searched(model))
+    beams = recommender.spec.beams
+    a_row = model.search_bytes(recommender.positions, beams)
+    rows = rows_at_once(256, a_row, None)
+    assert 4 <= rows <= 32
+
+    def ints(*shape: int) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, jnp.int32, sharding=sharding.rows(mesh))
+
+    items = recommender.max_items
+    traced = search.trace(
+        graphdef, sharding.place(state, mesh), ints(rows, items), ints(rows), ints(rows, 64),
+        k=32, beams=beams, normalise=recommender.spec.normalise,
+    )  # fmt: skip
+    memory = gpu.compiled_memory(traced)
+    assert 0.8 < memory.temporaries / (rows * a_row) < 1.1
+    assert memory.temporaries < 1.1 * RANKING_BYTES and memory.peak < 0.6 * device.memory_bytes
 
 
 @pytest.mark.slow

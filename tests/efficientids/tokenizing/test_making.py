@@ -127,6 +127,10 @@ def test_what_cannot_be_tokenized_is_refused(vectors: ItemVectors) -> None:
     equal = dataclasses.replace(vectors, vectors_NI=np.ones_like(vectors.vectors_NI))
     with pytest.raises(UserError, match="source some: they are all equal"):
         made(equal)
+    unknown = dataclasses.replace(vectors, vectors_NI=vectors.vectors_NI * (np.arange(NUM_ITEMS + 1) < 8)[:, None])
+    with pytest.raises(UserError, match=r"--suffix_size 22: 23 items have one and the same vector.*at least 23"):
+        made(unknown, suffix_size=22)
+    made(unknown, suffix_size=23)
     with pytest.raises(UserError, match=r"--suffix_size 2: .*3 items share the codes \[1, 1\].*give it at least 3"):
         suffixed(np.array([[1, 1], [0, 1], [1, 1], [1, 1]]), (2, 2), 2)
     with pytest.raises(UserError, match="lower --learning_rate"):
