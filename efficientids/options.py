@@ -233,7 +233,8 @@ class SemanticIDOptions:
     tokenizer_epochs: float = 1.0
     """Of the tokenizer's turn, before each turn of the recommender; 0: no alternation."""
     recommender_epochs: float = 1.0
-    """Of the recommender's turn; --epochs and --num_steps are rounded to whole turns."""
+    """Of the recommender's turn; --epochs and --num_steps are rounded to whole turns. Without the tokenizer's turns and
+    tied tables there is one turn, of all epochs."""
     aligned_from: float | None = None
     """Epochs of the recommender without alignment losses. Default: 10, or a quarter of --epochs if that is less."""
     code_loss: float = 1.0
@@ -249,11 +250,11 @@ class SemanticIDOptions:
     """Learn every item of a history from those before it, or a target alone (the official loss): the last item of one
     beginning of the history, drawn anew at every step."""
     tokenizer_learning_rate: float = 1e-4
-    """Peak, in its turns."""
+    """Peak, in its turns, where it has any."""
     finetune_epochs: float | None = None
     """Then, from the best checkpoint: codes alone, tokenizer fixed. Default: a fifth of --epochs."""
     finetune_learning_rate: float = 5e-4
-    """Peak, there."""
+    """Peak, in --finetune_epochs, where there are any."""
     beams: int = 20
     """Of the search; more where more results are asked for."""
     normalise: Literal["alphabet", "children"] = "alphabet"
