@@ -83,11 +83,9 @@ def main(arguments: Sequence[str], prog: str = "train_llama.py", what: str | Non
         log.say(_announce(config, system, dataset, mode, why, steps))
         predicted = predicted_peak(asked, system, scale)
         recommender, model, frozen_weights = _start(config, system, dataset, run, log, mesh)
+        options = _options(config, frozen_weights, mesh)
         if config.check_gradients:
-            found = gradient_check.check_gradients(
-                recommender, model, config.seed, accumulation=config.gradient_accumulation, mesh=mesh
-            )
-            log.say(gradient_check.as_text(found))
+            log.say(gradient_check.as_text(gradient_check.check_gradients(recommender, model, options)))
             raise SystemExit(0)  # a run that was never meant to start leaves no folder
         if mesh is not None:
             log.say(_left_whole(model, mesh))
@@ -96,14 +94,7 @@ def main(arguments: Sequence[str], prog: str = "train_llama.py", what: str | Non
     followers: dict[str, Tracker] = {"TensorBoard": TensorBoard(), "report.html": ReportPage(), **trackers}
     with log.followed_by(followers if processes.is_first() else {}, run.path, to_mapping(config)):
         began = time.perf_counter()
-        train(
-            recommender,
-            model,
-            _options(config, frozen_weights, mesh),
-            run,
-            log,
-            _validator(recommender, dataset, config.eval_users),
-        )
+        train(recommender, model, options, run, log, _validator(recommender, dataset, config.eval_users))
         log_peak(predicted, log)
         log.say(f"trained in {duration(time.perf_counter() - began)}; run folder {run.path}")
         del model

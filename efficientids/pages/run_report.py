@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from efficientids.runs import RunFolder
 from efficientids.tracking.trackers import Status
 
 FILE = "report.html"
+_PAGE_SHARE = 20  # times as long as a page took passes before the next one
 _DATA_FACTS = {
     "name": "name", "num_users": "users", "num_items": "items with an interaction",
     "catalogue_size": "items in the catalogue", "num_interactions": "interactions",
@@ -53,18 +55,23 @@ def main(arguments: Sequence[str]) -> int:
 
 
 class ReportPage:
-    """Follows a run (`tracking.trackers.Tracker`) and keeps its report up to date."""
+    """Follows a run (`tracking.trackers.Tracker`) and keeps its report up to date.
+
+    After the first validation, at the end, and between them after a validation as soon as a twentieth of the time since
+    the last page pays for another one: plots take a second or two, and a small job validates every few.
+    """
 
     def __init__(self) -> None:
         self._run: RunFolder | None = None
+        self._next = 0.0
 
     def start(self, run_path: Path, config: Mapping[str, Any]) -> None:
         """Learns where the run is."""
         self._run = RunFolder(run_path)
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Writes the page after each validation: not after a step, whose time it would take."""
-        if any(name.startswith("validation/") for name in metrics):
+        """Writes the page after a validation, if it is time: not after a step, whose time it would take."""
+        if any(name.startswith("validation/") for name in metrics) and time.monotonic() >= self._next:
             self._write()
 
     def finish(self, status: Status) -> None:
@@ -73,7 +80,10 @@ class ReportPage:
 
     def _write(self) -> None:
         assert self._run is not None, "log comes after start"
+        began = time.monotonic()
         refresh(self._run)
+        ended = time.monotonic()
+        self._next = ended + _PAGE_SHARE * (ended - began)
 
 
 def refresh(run: RunFolder) -> Path:

@@ -13,12 +13,12 @@ import jax
 import numpy as np
 import optax
 from flax import nnx
-from jax.sharding import Mesh
 
 from core import sharding
 from core.lora import is_adapter
 from efficientids.recommenders.base import Phase, Recommender, turns
 from efficientids.training.step import make_mean_gradient
+from efficientids.training.trainer import TrainerOptions
 
 FROZEN = "no gradient: frozen in this phase"
 STARTS_AT_ZERO = "zero: B, which it is multiplied by, starts at zero"
@@ -35,21 +35,18 @@ class Part(NamedTuple):
     reason: str | None
 
 
-def check_gradients(
-    recommender: Recommender, model: nnx.Module, seed: int, *, accumulation: int = 1, mesh: Mesh | None = None
-) -> list[Part]:
+def check_gradients(recommender: Recommender, model: nnx.Module, options: TrainerOptions) -> list[Part]:
     """The parts of a model at its start, in each phase of its plan.
 
     The loss is that of the phase's last step, when all its terms are on, in the first batch of the run, taken in the
     micro-batches of a step and on its mesh: what fits to train fits to check.
     """
     plan = turns(recommender.plan())
-    return [part for phase, n in plan for part in _parts(phase, n, model, seed, accumulation, mesh)]
+    return [part for phase, repeats in plan for part in _parts(phase, repeats, model, options)]
 
 
-def _parts(
-    phase: Phase, repeats: int, model: nnx.Module, seed: int, accumulation: int, mesh: Mesh | None
-) -> list[Part]:
+def _parts(phase: Phase, repeats: int, model: nnx.Module, options: TrainerOptions) -> list[Part]:
+    seed, mesh = options.seed, options.mesh
     trained = nnx.All(nnx.Param, nnx.Any(*(filter_ for filter_, _ in phase.groups)))
     graphdef, *states = nnx.split(model, trained, nnx.Param, ...)
     params, other, rest = states
@@ -57,7 +54,7 @@ def _parts(
     if mesh is not None:
         batch = sharding.rows_of_process(batch, mesh)
     # All by argument: what a program closes over becomes constants in it, a frozen 7B too.
-    gradient = jax.jit(make_mean_gradient(graphdef, phase.loss, accumulation, mesh))
+    gradient = jax.jit(make_mean_gradient(graphdef, phase.loss, options.accumulation, mesh))
     key = jax.jit(lambda: jax.random.key(seed), out_shardings=None if mesh is None else sharding.whole(mesh))()
     last = np.int32(phase.num_steps * repeats - 1)
     (grads,), _ = gradient((params,), nnx.merge_state(other, rest), batch, key, last)

@@ -125,7 +125,8 @@ def test_loss_reads_every_code_at_the_position_before_it(template: Template | No
 def test_loss_among_siblings_is_what_the_search_scores_by() -> None:
     """Trained so, items' probabilities sum to one; and an empty row, which has no siblings, harms no gradient."""
     model = make()
-    scores, items = model.top_k(sequences(None, with_target=False), IDS, ITEMS, beams=ITEMS, normalise="children")
+    search = jitted(model, lambda m, s: m.top_k(s, IDS, ITEMS, beams=ITEMS, normalise="children"))
+    scores, items = search(sequences(None, with_target=False))
     np.testing.assert_allclose(np.exp(scores).sum(axis=1), 1.0, rtol=1e-5)
 
     def loss(model: LlamaETEGRecModel, rows_BH: jax.Array, lengths_B: jax.Array) -> jax.Array:
@@ -135,7 +136,7 @@ def test_loss_among_siblings_is_what_the_search_scores_by() -> None:
 
     row, (target, score) = 1, (int(items[1, 4]), float(scores[1, 4]))
     rows_BH = jnp.array([[*HISTORIES[row, :2], target, 0], [0, 0, 0, 0]])
-    value, gradients = nnx.value_and_grad(loss)(model, rows_BH, jnp.array([3, 0]))
+    value, gradients = jitted(model, nnx.value_and_grad(loss))(rows_BH, jnp.array([3, 0]))
     assert float(value) == pytest.approx(-score, rel=1e-5)
     assert all(bool(jnp.isfinite(x).all()) for x in jax.tree.leaves(gradients))
 

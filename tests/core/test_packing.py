@@ -176,7 +176,9 @@ def test_packed_hidden_states_are_those_of_a_row_each(text: bool) -> None:
     assert found == len(HISTORIES)
 
 
-@pytest.mark.parametrize(("head", "text"), [("full", False), ("full", True), ("two_level", True)])
+@pytest.mark.parametrize(
+    ("head", "text"), [pytest.param("full", False, marks=pytest.mark.slow), ("full", True), ("two_level", True)]
+)
 def test_packed_loss_and_gradients_are_those_of_a_row_each(head: str, text: bool) -> None:
     graphdef, params, rest = nnx.split(make(head), nnx.Param, ...)
 

@@ -6,6 +6,7 @@ Legend: N items, L levels, B rows.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import shutil
 from collections.abc import Iterator
@@ -18,13 +19,12 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from core.code_tables import verify
+from core.code_tables import largest_shape, verify
 from core.semantic_ids import version_name
 from core.sharding import MeshShape, make_mesh
 from efficientids import systems
 from efficientids.checkpoints import writer
 from efficientids.data.dataset import Dataset
-from efficientids.data.generated import generate
 from efficientids.errors import UserError
 from efficientids.evaluation.evaluate import evaluate
 from efficientids.loading import load_run, open_run
@@ -212,10 +212,8 @@ def test_a_loaded_run_is_called_as_the_readme_says(run: Path) -> None:
     model, params, config = load_run(run)
     assert config.max_seq_len == 6
     ids = np.array([[3, 0, 5, 9, 0, 0, 0, 0], [1, 2, 3, 4, 5, 6, 7, 8]], np.int32)
-    out = model.apply(
-        params, input_ids=jnp.zeros_like(ids), item_ids=jnp.asarray(ids), item_mask=jnp.asarray(ids > 0),
-        training=False, return_logits=True, top_k=4,
-    )  # fmt: skip
+    asked = functools.partial(model.apply, training=False, return_logits=True, top_k=4)
+    out = jax.jit(asked)(params, input_ids=jnp.zeros_like(ids), item_ids=jnp.asarray(ids), item_mask=ids > 0)
     loaded = open_run(run)
     rows = np.array([[3, 5, 9, 0, 0, 0, 0, 0], [1, 2, 3, 4, 5, 6, 7, 8]], np.int32)
     wanted = loaded.recommender.recommend(loaded.model, Histories(rows, np.array([3, 8], np.int32)), 4, None)
@@ -239,18 +237,20 @@ def test_padding_gets_nothing_and_results_are_items(start: tuple[ETEGRec, ETEGRe
     assert len(set(found.item_ids[0])) == 4 and not {0, 1, 2, 3} & set(found.item_ids[0].tolist())
 
 
-def test_a_new_catalogue_compiles_nothing(tiny_data: Dataset, tmp_path: Path) -> None:
-    """A system of other items, trained elsewhere, whose padded shapes are the same."""
-    other = generate(num_users=50, num_items=27, shortest=5, longest=12, seed=3).write(tmp_path / "other")
+def test_a_new_catalogue_compiles_nothing(start: tuple[ETEGRec, ETEGRecModel, TrainConfig]) -> None:
+    """A system of other items whose padded shapes are the same."""
+    recommender, model, _ = start
     histories = Histories(np.array([[1, 2, 3]], np.int32), np.array([3], np.int32))
-    systems_ = [made(dataset)[:2] for dataset in (tiny_data, other)]
-    assert len({recommender.spec.num_items for recommender, _ in systems_}) == 2
-    compiled = []
-    for recommender, model in systems_:
-        found = recommender.recommend(model, histories, 4, None)
-        assert found.item_ids.min() > 0 and found.item_ids.max() <= recommender.spec.num_items
-        compiled.append(search._cache_size())
-    assert compiled[0] == compiled[1] > 0
+    recommender.recommend(model, histories, 4, None)
+    compiled = search._cache_size()
+    spec = dataclasses.replace(recommender.spec, num_items=27, table=largest_shape((6, 6, 32), 27))
+    other = ETEGRec(spec, compute=recommender._compute, init=recommender._init)
+    its_model = other.init(jax.random.key(1))
+    codes_NL = np.random.default_rng(0).integers(0, 6, (27, 2))
+    nnx.update(its_model.ids, nnx.state(code_table(codes_NL, spec.table)))
+    found = other.recommend(its_model, histories, 4, None)
+    assert found.item_ids.min() > 0 and found.item_ids.max() <= 27
+    assert search._cache_size() == compiled > 0
 
 
 def test_rows_that_do_not_fit_are_searched_in_parts(

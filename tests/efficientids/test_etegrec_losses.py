@@ -27,6 +27,7 @@ from efficientids.train import main
 from efficientids.training.gradient_check import FROZEN, NOT_READ, as_text, check_gradients
 from efficientids.training.step import build_program
 from tests.efficientids.etegrec_parts import made, phase_of, with_turns
+from tests.efficientids.test_trainer import OPTIONS
 from tests.efficientids.tiny import ETEGREC_JOB as JOB
 from tests.efficientids.tiny import flags
 
@@ -58,12 +59,10 @@ def changed(before: Any, after: Any) -> set[str]:
 
 def test_each_phase_trains_its_own(tiny_data: Dataset) -> None:
     """Without weight decay, which moves what has no gradient."""
-    recommender, model, _ = made(tiny_data, weight_decay=0.0)
+    recommender, model, _ = made(tiny_data, aligned_from=0.0, weight_decay=0.0)
     assert changed(*parts_of("tokenizer", recommender, model)) == {"tokenizer"}
     own = {"llama", "tables", "soft_embedding", "codebook_logits", "begin_D"}
-    assert changed(*parts_of("recommender", recommender, model)) == own
-    aligned, aligned_model, _ = made(tiny_data, aligned_from=0.0, weight_decay=0.0)
-    assert changed(*parts_of("recommender", aligned, aligned_model)) == own | {"enc_adapter", "dec_adapter"}
+    assert changed(*parts_of("recommender", recommender, model)) == own | {"enc_adapter", "dec_adapter"}
     assert changed(*parts_of("finetune", recommender, model)) == own
 
 
@@ -97,11 +96,12 @@ def test_losses_against_plain_loops(start: tuple[ETEGRec, ETEGRecModel, TrainCon
     recommender, model, _ = start
     batch = {"item_ids": np.array([[3, 5, 9, 2], [7, 1, 0, 0]], np.int32), "lengths": np.array([4, 2], np.int32)}
     phase, _ = phase_of(recommender, "recommender")
-    found = phase.loss(model, batch, jax.random.key(0), jnp.int32(0))
+    found = jax.jit(phase.loss)(model, batch, jax.random.key(0), jnp.int32(0))
+    hidden = jax.jit(lambda model, sequence: model.hidden(sequence)[0])
     total, count = 0.0, 0
     for ids, length in zip(batch["item_ids"], batch["lengths"], strict=True):
         sequence = model.sequence(jnp.asarray(ids[None, :length]), jnp.array([length]), with_target=True)
-        hidden_TD = model.hidden(sequence)[0]
+        hidden_TD = hidden(model, sequence)
         for item in range(1, length):
             codes_L = np.asarray(model.ids.codes_RL[...])[ids[item]]
             for level, code in enumerate(codes_L):
@@ -130,7 +130,8 @@ def test_targets_alone_are_the_ends_of_beginnings(start: tuple[ETEGRec, ETEGRecM
     of_second = [abs(float(one.total) - either[1]) < 1e-4 for one in drawn]
     assert 10 <= sum(of_first) <= 30 and sum(of_first) + sum(of_second) == 40
     # The tokenizer learns every item that follows another all the same, and is aligned at the target alone.
-    found = phase_of(with_turns(recommender, targets="last"), "tokenizer")[0].loss(model, rows, jax.random.key(0), step)
+    of_tokenizer = phase_of(with_turns(recommender, targets="last"), "tokenizer")[0].loss
+    found = jax.jit(of_tokenizer)(model, rows, jax.random.key(0), step)
     assert float(found.weight) == 2 and [float(found.metrics[name][1]) for name in ("sia_loss", "psa_loss")] == [1, 1]
 
 
@@ -166,7 +167,7 @@ def test_a_target_that_stands_twice_counts_once(start: tuple[ETEGRec, ETEGRecMod
     recommender, model, _ = start
     phase, _ = phase_of(recommender, "tokenizer")
     rows = {"item_ids": np.array([[3, 5], [7, 5], [2, 9]], np.int32), "lengths": np.full(3, 2, np.int32)}
-    found = phase.loss(model, rows, jax.random.key(0), jnp.int32(0))
+    found = jax.jit(phase.loss)(model, rows, jax.random.key(0), jnp.int32(0))
     assert float(found.weight) == 2
     np.testing.assert_array_equal(first_occurrences(jnp.array([5, 5, 9])), [True, False, True])
 
@@ -175,7 +176,7 @@ def test_a_target_that_stands_twice_counts_once(start: tuple[ETEGRec, ETEGRecMod
 def test_gradients_by_part(start: tuple[ETEGRec, ETEGRecModel, TrainConfig]) -> None:
     """Every part that a phase trains gets some; what is frozen is said to be."""
     recommender, model, _ = start
-    parts = {(part.phase, part.path): part for part in check_gradients(recommender, model, 0)}
+    parts = {(part.phase, part.path): part for part in check_gradients(recommender, model, OPTIONS)}
     for path in ("tokenizer.encoder.layers.0", "tokenizer.quantizer.codebooks.0", "tokenizer.decoder.layers.0"):
         assert (parts["tokenizer", path].norm or 0) > 0 and parts["recommender", path].reason == FROZEN
     for path in ("soft_embedding.scid_projector", "codebook_logits.output_projector", "enc_adapter", "dec_adapter"):
@@ -184,20 +185,31 @@ def test_gradients_by_part(start: tuple[ETEGRec, ETEGRecModel, TrainConfig]) -> 
     assert not [part for part in parts.values() if part.reason == NOT_READ]
 
 
+def checked_norm(data_dir: Path, folder: Path, said: pytest.CaptureFixture[str], *more: str) -> float:
+    """The input projector's, by `--check_gradients`; the run that was never meant to start leaves no folder."""
+    given = flags(data_dir=data_dir, checkpoint_dir=folder, num_steps=1, tokenizer_epochs=0, finetune_epochs=0, **JOB)
+    with pytest.raises(SystemExit) as end:
+        main([*given, *more, "--check_gradients"])
+    assert end.value.code == 0 and not folder.exists()
+    lines = said.readouterr().out.splitlines()
+    (line,) = (line for line in lines if line.startswith("  soft_embedding.scid_projector"))
+    return float(line.split()[-1])
+
+
 def test_gradients_are_checked_from_the_command_line(
     tiny_data: Dataset, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """In the micro-batches of a step and on its mesh; the run that was never meant to start leaves no folder."""
-    given = flags(data_dir=tiny_data.path, checkpoint_dir=tmp_path / "run", num_steps=1, tokenizer_epochs=0, **JOB)
-    found = []
-    for more in ([], ["--gradient_accumulation=2", "--batch_size=4", "--mesh=data=2"]):
-        with pytest.raises(SystemExit) as end:
-            main([*given, *more, "--check_gradients", "--finetune_epochs=0"])
-        assert end.value.code == 0 and not (tmp_path / "run").exists()
-        lines = capsys.readouterr().out.splitlines()
-        (line,) = (line for line in lines if line.startswith("  soft_embedding.scid_projector"))
-        found.append(float(line.split()[-1]))
-    assert found[0] > 0 and found[1] == pytest.approx(found[0], rel=1e-3)
+    assert checked_norm(tiny_data.path, tmp_path / "run", capsys) > 0
+
+
+@pytest.mark.slow
+def test_gradients_are_checked_as_a_step_takes_them(
+    tiny_data: Dataset, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In its micro-batches, on its mesh."""
+    parts = ("--gradient_accumulation=2", "--batch_size=4", "--mesh=data=2")
+    whole, in_parts = (checked_norm(tiny_data.path, tmp_path / "run", capsys, *more) for more in ((), parts))
+    assert in_parts == pytest.approx(whole, rel=1e-3)
 
 
 def test_gradients_that_a_weight_of_zero_takes_away(tiny_data: Dataset) -> None:
@@ -205,7 +217,7 @@ def test_gradients_that_a_weight_of_zero_takes_away(tiny_data: Dataset) -> None:
     recommender, model, _ = made(tiny_data, aligned_from=0.0, kl_loss=0.0, finetune_epochs=0.0)
     recommender_alone = dataclasses.replace(recommender._turns, tokenizer_steps=0)  # one phase compiles faster
     recommender._turns = recommender_alone
-    text = as_text(check_gradients(recommender, model, 0))
+    text = as_text(check_gradients(recommender, model, OPTIONS))
     (line,) = (line for line in text.splitlines() if "enc_adapter" in line)
     assert line.endswith("zero: --kl_loss 0")
     for level in range(2):
@@ -213,7 +225,8 @@ def test_gradients_that_a_weight_of_zero_takes_away(tiny_data: Dataset) -> None:
         assert FROZEN in line
 
 
-@pytest.mark.parametrize("phase_name", [pytest.param("tokenizer", marks=pytest.mark.slow), "recommender"])
+@pytest.mark.slow
+@pytest.mark.parametrize("phase_name", ["tokenizer", "recommender"])
 def test_a_step_on_a_mesh_is_that_of_one_device(phase_name: str, tiny_data: Dataset) -> None:
     """Both alignments are on: the negatives of one row are those of every device."""
     recommender, model, _ = made(tiny_data, aligned_from=0.0, kl_loss=0.01, dec_cl_loss=0.1)

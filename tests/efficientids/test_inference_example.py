@@ -4,6 +4,7 @@ from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 import efficientids
 from core.llama_loader import LlamaLoader
@@ -12,6 +13,7 @@ from efficientids.train import main
 from tests.core.checkpoints import SMALL, tensors_of, write
 
 
+@pytest.mark.slow
 def test_the_seeds_inference_example(tmp_path: Path) -> None:
     weights = write(tmp_path / "llama", SMALL, tensors_of(SMALL))
     generate(num_users=30, num_items=40, shortest=5, longest=12).write(tmp_path / "data")

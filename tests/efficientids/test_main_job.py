@@ -199,6 +199,7 @@ def test_the_command_line_says_nothing_of_devices_that_are_not_there(
     assert parse(["--config", str(tmp_path / "run" / "config.yaml")]).num_steps == SMALL_JOB["num_steps"]
 
 
+@pytest.mark.slow
 def test_packed_sequences_with_titles(trained: Trained, tiny_data: Dataset, tmp_path: Path) -> None:
     """Fewer rows than users: the packed batch asks for several histories a row, and trains as any other."""
     tokenizer(tmp_path, tiny_data.items["title"].to_list())

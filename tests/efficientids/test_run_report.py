@@ -234,7 +234,7 @@ def test_samples_are_kept_and_shown(folder: RunFolder, tiny_data: Dataset) -> No
     assert text.count("← chosen next") == 2 and text.count("the target is not among them") == 2
 
 
-def test_the_page_follows_a_run(folder: RunFolder) -> None:
+def test_the_page_follows_a_run(folder: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
     file = folder.path / "report.html"
     log = RunLog(folder.metrics, 1)
     with log.followed_by({"report": run_report.ReportPage()}, folder.path, {}):
@@ -243,7 +243,15 @@ def test_the_page_follows_a_run(folder: RunFolder) -> None:
         log.record({"event": "validation", "phase": "tuned", "step": 9, "hr@10": 0.75, "ndcg@10": 0.625})
         assert "best: 0.625" in file.read_text()
         log.record({**STEP, "step": 10, "loss": 0.0123})
-    assert "0.0123" in read(file.read_text()).text
+        log.record({"event": "validation", "phase": "tuned", "step": 11, "hr@10": 0.75, "ndcg@10": 0.6875})
+        assert "best: 0.625" in file.read_text()  # pages take seconds, and these validations come at once
+        monkeypatch.setattr(run_report.time, "monotonic", lambda: 1e12)
+        log.record({"event": "validation", "phase": "tuned", "step": 12, "hr@10": 0.75, "ndcg@10": 0.75})
+        assert "best: 0.75" in file.read_text()
+        log.record({"event": "validation", "phase": "tuned", "step": 13, "hr@10": 0.75, "ndcg@10": 0.8125})
+        monkeypatch.undo()
+    text = read(file.read_text()).text  # the last page comes whenever the run ends
+    assert "0.0123" in text and "0.8125" in text
 
 
 def test_the_command(folder: RunFolder, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -29,7 +29,9 @@ def second_stage(run: str, folder: Path, data: Dataset, weights: Path, *more: st
     return folder
 
 
-@pytest.mark.parametrize("form", ["{run}", "{run}/2", "{run}/checkpoints/2"])
+@pytest.mark.parametrize(
+    "form", ["{run}/2", *(pytest.param(form, marks=pytest.mark.slow) for form in ("{run}", "{run}/checkpoints/2"))]
+)
 def test_two_stages_frozen_then_full(
     form: str, trained: Trained, tiny_data: Dataset, weights: Path, tmp_path: Path
 ) -> None:

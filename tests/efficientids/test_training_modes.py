@@ -154,7 +154,7 @@ def test_from_frozen_to_lora(trained: Trained, tiny_data: Dataset, weights: Path
     assert len(jax.tree.leaves(nnx.filter_state(after.params, is_adapter))) == 6
 
 
-@pytest.mark.parametrize("mode", ["full", "frozen"])
+@pytest.mark.parametrize("mode", ["full", pytest.param("frozen", marks=pytest.mark.slow)])
 def test_from_lora_on_adapters_are_added_to_the_weights(
     trained: Trained, tiny_data: Dataset, weights: Path, tmp_path: Path, mode: str
 ) -> None:
@@ -175,6 +175,7 @@ def test_stages_that_cannot_follow_are_refused(
     refused(trained(), "--quantize nf4: the checkpoints of .* hold the Llama itself", *QLORA)
 
 
+@pytest.mark.slow
 def test_a_quantised_run_is_merged_from_its_weight_file(
     trained: Trained, tiny_data: Dataset, weights: Path, tmp_path: Path
 ) -> None:

@@ -59,7 +59,7 @@ def close(a: np.ndarray, b: np.ndarray) -> bool:
     return difference(a, b) <= 1e-4
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", [pytest.param(mode, marks=[pytest.mark.slow] * (mode == "qlora")) for mode in MODES])
 def test_hugging_face_loads_the_merged_llama(
     trained: Trained, weights: Path, tmp_path: Path, mode: str, capsys: pytest.CaptureFixture[str]
 ) -> None:

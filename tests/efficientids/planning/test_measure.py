@@ -35,10 +35,11 @@ def test_the_peak_is_the_devices_own() -> None:
 
 @pytest.mark.parametrize(
     "flags",
-    [{"batch_size": 4, "seq_len": 8},
-     {"batch_size": 4, "seq_len": 8, "train": "lora", "lora_rank": 2, "quantize": "nf4"},
-     {"batch_size": 4, "seq_len": 16, "pack_sequences": True}, {"recommender": "sasrec", "batch_size": 4, "seq_len": 8},
-     {"batch_size": 2, "seq_len": 8, "head": "two_level", "gradient_accumulation": 2}],
+    [{"batch_size": 4, "seq_len": 8}, {"recommender": "sasrec", "batch_size": 4, "seq_len": 8},
+     *(pytest.param(flags, marks=pytest.mark.slow) for flags in (
+         {"batch_size": 4, "seq_len": 8, "train": "lora", "lora_rank": 2, "quantize": "nf4"},
+         {"batch_size": 4, "seq_len": 16, "pack_sequences": True},
+         {"batch_size": 2, "seq_len": 8, "head": "two_level", "gradient_accumulation": 2}))],
 )  # fmt: skip
 @pytest.mark.usefixtures("quick_compile")
 def test_three_steps_of_anything(flags: dict[str, Any]) -> None:

@@ -70,6 +70,7 @@ def _fingerprint(folder: Path) -> str:
     return Dataset.open(folder).fingerprint
 
 
+@pytest.mark.slow
 def test_killed_at_many_points(tmp_path: Path, flags: list[str]) -> None:
     output = tmp_path / "made" / "output"
     counted = _killed(tmp_path / "reference", 0, flags)
