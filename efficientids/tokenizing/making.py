@@ -58,8 +58,11 @@ def make_tokenizer(
         latents_Nd = jnp.asarray(vectors_NI[1:])
     last = len(settings.levels) - 1
     codes_NL = spread_codes(quantizer, latents_Nd, (last,)) if settings.sinkhorn else quantizer.codes(latents_Nd)
-    _refuse_equal(vectors_NI[1:], settings.suffix_size)
-    codes_NL, metrics = suffixed(np.asarray(codes_NL), settings.levels, settings.suffix_size)
+    try:
+        codes_NL, metrics = suffixed(np.asarray(codes_NL), settings.levels, settings.suffix_size)
+    except UserError:
+        _refuse_equal(vectors_NI[1:], settings.suffix_size)
+        raise
     return Tokenizer(
         None, settings.method, codes_NL, (*settings.levels, settings.suffix_size), rqvae, parameters, standard,
         vectors_NI, dataclasses.asdict(settings), metrics,
